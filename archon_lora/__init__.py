@@ -1,0 +1,1 @@
+"""LoRA core for the Archon engine."""

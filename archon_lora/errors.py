@@ -1,0 +1,56 @@
+"""The tree of errors; each one keeps a standard-library parent.
+
+::
+
+    ArchonLoraError
+    ├── LoRAConfigError      (ValueError)        a setting: what was given, what is wanted
+    ├── TargetError          (ValueError)        a target entry that matches nothing
+    ├── LoRANotEnabled       (RuntimeError)      an adapter operation on an engine without LoRA
+    ├── NoAdapterError       (RuntimeError)      LoRA is on, but there are no adapter parameters
+    ├── AdapterMismatch      (ValueError)        keys missing, unexpected, or of the wrong shape
+    ├── AdapterNotFound      (FileNotFoundError) no adapter file at the path
+    ├── UnmappedName         (KeyError)          a tensor that no name map covers
+    └── ModelLoadError       (ValueError)        a model directory that cannot be loaded
+"""
+
+from __future__ import annotations
+
+
+class ArchonLoraError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class LoRAConfigError(ArchonLoraError, ValueError):
+    """A setting that cannot work; says what was given and what is wanted."""
+
+
+class TargetError(ArchonLoraError, ValueError):
+    """A target entry matched no module, or a module that cannot take an adapter."""
+
+
+class LoRANotEnabled(ArchonLoraError, RuntimeError):
+    """An adapter operation was asked of an engine or model that has no LoRA."""
+
+
+class NoAdapterError(ArchonLoraError, RuntimeError):
+    """LoRA is configured, but the model holds no adapter parameters."""
+
+
+class AdapterMismatch(ArchonLoraError, ValueError):
+    """The adapter's keys or shapes are not those of the model."""
+
+
+class AdapterNotFound(ArchonLoraError, FileNotFoundError):
+    """No adapter file lies at the path."""
+
+
+class UnmappedName(ArchonLoraError, KeyError):
+    """A tensor's name is in no map; it is refused, never dropped."""
+
+    def __str__(self) -> str:
+        """The message as written (``KeyError`` would show its repr)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelLoadError(ArchonLoraError, ValueError):
+    """A model directory lacks a file or holds values that cannot be used."""

@@ -1,0 +1,1 @@
+"""A distributed checkpoint service for adapters and their optimizer state."""

@@ -1,0 +1,1 @@
+"""Stores: one protocol, POSIX and fsspec behind it."""

@@ -1,0 +1,89 @@
+"""The one protocol behind which every store lies.
+
+Paths are relative to the store's root, ``/``-separated, and never leave it. Every method
+blocks until the effect is durable (POSIX: fsynced) or acknowledged (object stores), and
+raises :class:`~ckpt.errors.StorageError` (or a child) and nothing else for what the store does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Contiguous bytes; a memoryview must have format ``B``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One immediate child of a directory or prefix (size in bytes, 0 for directories)."""
+
+    name: str
+    is_dir: bool
+    size: int
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Blocking, thread-safe access to one root."""
+
+    @property
+    def url(self) -> str:
+        """The root, fit for a message: credentials and queries are removed."""
+        ...
+
+    @property
+    def has_rename(self) -> bool:
+        """True where a directory can be made visible by one atomic rename (POSIX)."""
+        ...
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes ``[start, end)`` of a file; a short file is a :class:`StorageError`."""
+        ...
+
+    def size(self, path: str) -> int:
+        """Size of a file in bytes; :class:`ObjectNotFound` if there is none."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether a file (not a directory) lies at the path."""
+        ...
+
+    def list(self, path: str) -> list[Entry]:
+        """Immediate children, sorted by name; a missing directory is empty."""
+        ...
+
+    def put(self, path: str, data: Buffer | Sequence[Buffer]) -> None:
+        """Write a whole file, all of it or nothing visible; parents are made; replaces."""
+        ...
+
+    def put_new(self, path: str, data: Buffer) -> None:
+        """Exclusive create: exactly one of many concurrent callers succeeds.
+
+        Raises:
+            AlreadyExists: the name is taken by somebody else's bytes.
+            CommitUnknown: the answer was lost and reading back failed.
+        """
+        ...
+
+    def delete(self, path: str) -> None:
+        """Delete a file; one that is missing already is fine."""
+        ...
+
+    def delete_tree(self, path: str) -> None:
+        """Delete everything below a directory or prefix, and itself."""
+        ...
+
+    def rename_dir(self, source: str, target: str) -> None:
+        """Move a directory in one step and fsync both parents (only with ``has_rename``).
+
+        Raises:
+            AlreadyExists: the target exists.
+        """
+        ...
+
+    def local_path(self, path: str) -> Path | None:
+        """The path on this machine's file system, or None where there is none."""
+        ...

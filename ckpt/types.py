@@ -1,0 +1,158 @@
+"""The records that every part of the package passes around: plain, frozen, JSON-ready."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MODEL_PREFIX = "model."
+"""Prefix of a parameter's or buffer's name in a checkpoint; the rest is its canonical FQN."""
+
+OPTIM_PREFIX = "optim."
+"""Prefix of an optimizer tensor: ``optim.<FQN>.<state key>``, e.g. ``optim.w.exp_avg``."""
+
+BLOCK_BYTES = 8 * 1024 * 1024
+"""Files carry a CRC32 per block of this many bytes, so that a range can be verified alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One contiguous piece of a tensor and where its bytes lie.
+
+    Attributes:
+        offsets: position of the piece in the global tensor, one entry a dimension.
+        sizes: its extent, one entry a dimension; the bytes are row-major.
+        file: path of the file, relative to the step's directory.
+        start: first byte in the file (absolute, header included).
+        end: one past the last byte.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A whole tensor as the manifest knows it.
+
+    Attributes:
+        name: checkpoint name, ``model.<FQN>`` or ``optim.<FQN>.<key>``.
+        dtype: safetensors dtype code, e.g. ``"F32"`` or ``"BF16"``.
+        shape: global shape.
+        chunks: pieces that cover the tensor exactly once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of a step or version: path relative to its directory, size, CRC32s."""
+
+    name: str
+    size: int
+    crc32: int
+    block_crc32: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """Which frozen base model an adapter belongs to.
+
+    Attributes:
+        name: the model's name or path as users and engines call it.
+        config_hash: SHA-256 (hex) over the model's canonical config JSON.
+    """
+
+    name: str
+    config_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """How one PEFT tensor is made from one checkpoint tensor.
+
+    Attributes:
+        source: canonical FQN of the parameter (without ``model.``).
+        key: PEFT key, ``base_model.model.….lora_A.weight``.
+        scale: factor applied in fp32 before the cast to the export dtype.
+        pad_dim: dimension of the rank that is zero-padded, or None.
+        pad_to: extent of ``pad_dim`` after padding, or None.
+        index: slice taken from dimension 0 (an expert), or None. Taken before padding, and
+            ``pad_dim`` counts the dimensions that remain.
+    """
+
+    source: str
+    key: str
+    scale: float = 1.0
+    pad_dim: int | None = None
+    pad_to: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterExport:
+    """Everything needed to turn a checkpoint into a PEFT adapter without the model.
+
+    Attributes:
+        peft_config: content of ``adapter_config.json``.
+        rules: one rule for every tensor of ``adapter_model.safetensors``.
+    """
+
+    peft_config: Mapping[str, Any]
+    rules: tuple[TensorRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What to keep after a commit.
+
+    Attributes:
+        latest: number of newest steps kept; at least 1.
+        every: also keep steps whose number is a multiple of this, or None.
+        versions: number of newest published versions kept, or None for all of them.
+    """
+
+    latest: int = 3
+    every: int | None = None
+    versions: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that would delete the newest step.
+
+        Raises:
+            ConfigError: a count below 1.
+        """
+        from .errors import ConfigError
+
+        for name in ("latest", "every", "versions"):
+            value: int | None = getattr(self, name)
+            if value is None and name != "latest":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                msg = f"Retention.{name} must be an integer >= 1, got {value!r}"
+                raise ConfigError(msg)
+
+
+@dataclass(slots=True)
+class SaveMetrics:
+    """What one save cost; filled in as it proceeds (durations in milliseconds, sizes in bytes)."""
+
+    step: int | None = None
+    stall_ms: float = 0.0
+    stage_bytes: int = 0
+    write_ms: float | None = None
+    commit_ms: float | None = None
+    publish_ms: float | None = None
+    publish_lag_ms: float | None = None
+    total_ms: float | None = None
+    planned: bool = False
+    queue_depth: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
