@@ -1,0 +1,72 @@
+# Every target below sets up .venv by itself; all that is needed is make and Python 3.11 or newer.
+#   PYTHON=python3.12      the interpreter that .venv is made from
+#   PYTEST_ARGS="-k vote"  more options for `make test` and `make test-fast`
+#   JOBS=4                 test processes at a time
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# Left over from a caller's shell, these would make pip or Python look outside .venv.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_HASHES
+# A launcher's variables must not reach the tests: they start process groups of their own.
+unexport RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Many small processes share the cores; threads inside each would only fight over them.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-fast bench lint fmt constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv with the tested versions of everything
+
+# torch goes first and alone, at the exact tested version: where a local CPU build of it is on
+# offer, the exact pin is what lets pip choose it over a newer one with a GPU stack behind it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP) ## train, kill, resume, export and check, on this machine (about 4 minutes)
+	$(BIN)/archon-lora demo --out demo-out
+
+test: lint ## every check: lint, types, import contract, all tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the tests of one process that need no server
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  -m 'not dist and not s3 and not e2e and not slow' $(PYTEST_ARGS)
+
+bench: $(STAMP) ## the figures of the README, measured here
+	$(BIN)/python -m benchmarks
+
+lint: $(STAMP) ## style, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(STAMP) ## format the code and mend what can be mended by rule
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(STAMP) ## write constraints.txt anew from what .venv holds
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
+	  | sed 's/+.*//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## remove .venv and everything that was generated
+	rm -rf $(VENV) demo-out build dist *.egg-info .coverage* \
+	  .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
