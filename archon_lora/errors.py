@@ -10,7 +10,8 @@
     ├── AdapterMismatch      (ValueError)        keys missing, unexpected, or of the wrong shape
     ├── AdapterNotFound      (FileNotFoundError) no adapter file at the path
     ├── UnmappedName         (KeyError)          a tensor that no name map covers
-    └── ModelLoadError       (ValueError)        a model directory that cannot be loaded
+    ├── ModelLoadError       (ValueError)        a model directory that cannot be loaded
+    └── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
 """
 
 from __future__ import annotations
@@ -54,3 +55,11 @@ class UnmappedName(ArchonLoraError, KeyError):
 
 class ModelLoadError(ArchonLoraError, ValueError):
     """A model directory lacks a file or holds values that cannot be used."""
+
+
+class PeerFailed(ArchonLoraError, RuntimeError):
+    """Another rank failed, so this one stops too; says which rank, and why."""
+
+
+class TrainConfigError(ArchonLoraError, ValueError):
+    """A setting of a training run; names the key, what was given and what is wanted."""

@@ -1,0 +1,1 @@
+"""A small asynchronous GRPO loop: the main job of the command line."""

@@ -1,0 +1,117 @@
+"""Metrics as JSON lines, and how a person sees them while the run goes on.
+
+Each line is one optimizer step. Floats are written by ``repr``, so reading a line back gives
+the very same bits: two runs can be compared exactly. A run that was killed may have logged a
+step that it never committed; its successor logs that step again, and the last line wins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsWriter:
+    """Appends one JSON object a line and flushes it, so that a SIGKILL costs at most a line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_line(path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            ValueError: a value is NaN or infinite; a run must not go on from there unnoticed.
+        """
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                msg = f"metric {key} is {value} at step {record.get('step')}"
+                raise ValueError(msg)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _end_torn_line(path: Path) -> None:
+    """End a line that a killed predecessor left unfinished, lest the next one be glued to it."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """Step → record of a metrics file, the last line of a step winning.
+
+    Lines that a kill tore are passed over; they are no step.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            steps[record["step"]] = record
+    return dict(sorted(steps.items()))
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal, one plain line a step elsewhere; silent off rank 0."""
+
+    def __init__(self, *, total: int, start: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._total = total
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start, note="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        if self._enabled:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show a finished step."""
+        note = (
+            f"reward {record['reward']:.3f}  loss {record['loss']:+.4f}  kl {record['kl']:.3f}  "
+            f"stall {record['stall_ms']:.1f} ms"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"] + 1, note=note)
+        else:
+            self.say(f"step {record['step'] + 1}/{self._total}  {note}")
