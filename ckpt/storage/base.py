@@ -7,7 +7,7 @@ raises :class:`~ckpt.errors.StorageError` (or a child) and nothing else for what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -57,6 +57,15 @@ class Storage(Protocol):
 
     def put(self, path: str, data: Buffer | Sequence[Buffer]) -> None:
         """Write a whole file, all of it or nothing visible; parents are made; replaces."""
+        ...
+
+    def put_stream(self, path: str, chunks: Iterable[Buffer], size: int) -> None:
+        """Write a whole file of ``size`` bytes from buffers that are made as they are asked for.
+
+        Like :meth:`put`, but memory stays bounded: no more than a part of an upload is held, and
+        the iterable is consumed once. An exception from it passes through unchanged; then, and
+        when the buffers do not add up to ``size`` (:class:`StorageError`), nothing is visible.
+        """
         ...
 
     def put_new(self, path: str, data: Buffer) -> None:
