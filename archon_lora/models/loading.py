@@ -1,0 +1,243 @@
+"""HuggingFace weights into an Archon model, plain or sharded; each rank reads its own part.
+
+There is no collective here: a rank needs only the files and its own placements, so a rank that
+fails cannot leave the others waiting in this function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from archon_lora.adapter import get_adapter_params
+from archon_lora.errors import ModelLoadError, UnmappedName
+from archon_lora.names import canonical_fqn
+
+from .base import BaseStateDictAdapter
+from .hf_files import HFWeights, read_config
+from .registry import get_model_spec
+
+VOLATILE_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys of ``config.json`` that say how a model was saved or is run, not what it computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one rank loaded.
+
+    Attributes:
+        tensors: model tensors of which this rank holds a part.
+        bytes_read: bytes of tensor data read by this rank.
+    """
+
+    tensors: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One local tensor and the block of the HF tensor that fills it."""
+
+    hf_name: str
+    local: Tensor
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def load_hf_weights(
+    model: nn.Module, adapter: BaseStateDictAdapter, directory: str | Path
+) -> LoadReport:
+    """Fill a model's base weights from a HuggingFace directory, converting to the model's dtypes.
+
+    Adapter parameters are left as they are: they are initialised or loaded on their own.
+
+    Args:
+        model: materialised (not on the meta device); its parameters may be DTensors.
+        adapter: the model's names.
+        directory: holds ``model.safetensors`` or an index with its files.
+
+    Returns:
+        What this rank read.
+
+    Raises:
+        ModelLoadError: files missing or damaged, or keys missing, unexpected or misshapen: all of
+            them in one message, and before any tensor is touched.
+    """
+    with HFWeights(directory) as weights:
+        targets = _base_tensors(model)
+        hf_names = _match(targets, adapter, weights)
+        reads = [
+            read for fqn, tensor in targets.items() for read in _local_reads(hf_names[fqn], tensor)
+        ]
+        _check_aliases(reads, adapter, weights)
+        with torch.no_grad():
+            for read in reads:
+                read.local.copy_(weights.read(read.hf_name, read.offsets, read.sizes))
+        return LoadReport(tensors=len(reads), bytes_read=weights.bytes_read)
+
+
+def load_pretrained(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, BaseStateDictAdapter]:
+    """Build the model that a directory describes, on one device, with its weights.
+
+    Args:
+        directory: a HuggingFace model directory.
+        dtype: of the parameters.
+        device: where they go.
+
+    Returns:
+        The model in eval mode and its state-dict adapter.
+
+    Raises:
+        ModelLoadError: the directory cannot be loaded; see :func:`load_hf_weights`.
+    """
+    raw = read_config(Path(directory))
+    spec = get_model_spec(str(raw.get("model_type")))
+    config = spec.config_cls.from_hf(raw)
+    with torch.device("meta"):
+        model = spec.model_cls(config)
+    model.to(dtype).to_empty(device=device)
+    adapter = spec.state_dict_adapter_cls(config)
+    load_hf_weights(model, adapter, directory)
+    return model.eval(), adapter
+
+
+def base_fingerprint(directory: str | Path, *, name: str | None = None) -> dict[str, str]:
+    """Identity of a base model: its name and a hash of its configuration.
+
+    The hash is SHA-256 over ``config.json`` as canonical JSON (sorted keys, no spaces, ASCII)
+    without null entries and without :data:`VOLATILE_KEYS`. So it survives a copy, another storage
+    dtype and a save by another patch version; weights are not read, and a fine-tuned model of the
+    same shape has the same hash under another name.
+
+    Args:
+        directory: the model directory.
+        name: what users and engines call the model; by default the directory as given.
+
+    Returns:
+        ``{"name": ..., "config_hash": ...}``.
+
+    Raises:
+        ModelLoadError: no readable ``config.json``.
+    """
+    raw = read_config(Path(directory))
+    kept = {key: v for key, v in raw.items() if v is not None and key not in VOLATILE_KEYS}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    return {"name": str(directory) if name is None else name, "config_hash": digest}
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the base model by canonical name."""
+    adapter_names = set(get_adapter_params(model))
+    tensors = {canonical_fqn(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in adapter_names}
+    on_meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if on_meta:
+        msg = (
+            f"{len(on_meta)} tensors are on the meta device ({on_meta[0]}, ...); "
+            "call model.to_empty(device=...) before loading"
+        )
+        raise ModelLoadError(msg)
+    return tensors
+
+
+def _match(
+    targets: Mapping[str, Tensor], adapter: BaseStateDictAdapter, weights: HFWeights
+) -> dict[str, str]:
+    """HF name of every target, after comparing both sides completely.
+
+    Raises:
+        ModelLoadError: lists every missing, unexpected and misshapen key.
+    """
+    hf_names: dict[str, str] = {}
+    problems: list[str] = []
+    for fqn, tensor in targets.items():
+        [(hf_name, _)] = adapter.convert_single_to_hf(fqn, tensor)
+        hf_names[fqn] = hf_name
+        stored = weights.shapes.get(hf_name)
+        if stored is None:
+            problems.append(f"missing: {hf_name} (for {fqn}, shape {tuple(tensor.shape)})")
+        elif stored != tuple(tensor.shape):
+            problems.append(
+                f"wrong shape: {hf_name} is {stored}, the model wants {tuple(tensor.shape)}"
+            )
+    problems += [
+        f"unexpected: {hf_name}"
+        for hf_name in sorted(set(weights.shapes) - set(hf_names.values()))
+        if not _is_harmless(hf_name, adapter)
+    ]
+    if problems:
+        msg = f"{weights.directory} does not fit the model:\n  " + "\n  ".join(problems)
+        raise ModelLoadError(msg)
+    return hf_names
+
+
+def _is_harmless(hf_name: str, adapter: BaseStateDictAdapter) -> bool:
+    """Whether a stored tensor that no target takes is known to carry nothing of its own."""
+    if hf_name in adapter.hf_aliases():
+        return True
+    try:
+        return adapter.from_hf_name(hf_name) is None
+    except UnmappedName:
+        return False
+
+
+def _local_reads(hf_name: str, tensor: Tensor) -> list[_Read]:
+    """The block of an HF tensor that this rank holds; nothing where it holds nothing."""
+    if not isinstance(tensor, DTensor):
+        return [_Read(hf_name, tensor, (0,) * tensor.ndim, tuple(tensor.shape))]
+    # The chunk protocol of torch.distributed.checkpoint: it knows uneven and strided shards.
+    chunks: list[Any] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    if len(chunks) != 1:
+        msg = f"{hf_name}: this rank holds {len(chunks)} pieces of the tensor; 1 is supported"
+        raise ModelLoadError(msg)
+    offsets, sizes = tuple(chunks[0].offsets), tuple(chunks[0].sizes)
+    local = tensor.to_local()
+    if local.numel() == 0:
+        return []
+    return [_Read(hf_name, local, offsets, sizes)]
+
+
+def _check_aliases(reads: list[_Read], adapter: BaseStateDictAdapter, weights: HFWeights) -> None:
+    """A second stored copy of a tied tensor must equal the first, on this rank's block.
+
+    Raises:
+        ModelLoadError: it differs, so that one of the two would be lost.
+    """
+    by_name = {read.hf_name: read for read in reads}
+    for alias, original in adapter.hf_aliases().items():
+        read = by_name.get(original)
+        if alias not in weights.shapes or read is None:
+            continue
+        same = weights.shapes[alias] == weights.shapes[original] and torch.equal(
+            weights.read(alias, read.offsets, read.sizes),
+            weights.read(original, read.offsets, read.sizes),
+        )
+        if not same:
+            msg = (
+                f"{weights.directory}: {alias} differs from {original}, but the model ties them; "
+                "set tie_word_embeddings to false in config.json to keep both"
+            )
+            raise ModelLoadError(msg)
