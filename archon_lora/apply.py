@@ -1,0 +1,231 @@
+"""apply_lora(): put adapters into a model, freeze the rest, remember what was done."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .adapter import (
+    AdapterModule,
+    AppliedLoRA,
+    adapter_modules,
+    get_adapter_params,
+    set_trainable_params,
+)
+from .config import FrozenMap, LoRAConfig
+from .errors import LoRAConfigError, NoAdapterError, TargetError
+from .linear import LoRALinear, check_base
+from .names import canonical_modules
+from .peft import peft_export
+from .targets import head_names, match_targets
+
+_log = logging.getLogger(__name__)
+
+NameMap = Callable[[str], str | None] | Mapping[str, str | None]
+"""HF module name by canonical FQN; None, or no entry, keeps the FQN."""
+
+
+@runtime_checkable
+class ResettableAdapter(AdapterModule, Protocol):
+    """An adapter module that can write its initial values."""
+
+    def reset_adapter(self) -> None:
+        """Write the initial values into the adapter's parameters."""
+        ...
+
+
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, *, name_map: NameMap | None = None
+) -> AppliedLoRA:
+    """Replace the targeted linear layers by LoRALinear and freeze everything else.
+
+    Call it once, on the bare model, before tensor parallelism, ``fully_shard``, DDP or an
+    optimizer; on a meta-device model :func:`initialise_adapters` follows after ``to_empty``.
+    Nothing is changed unless everything can be done.
+
+    The model gets two attributes: ``lora``, the returned record, and ``adapter_export``, a call
+    that gives the PEFT config and export rules (see :func:`archon_lora.peft.peft_export`).
+
+    Args:
+        model: any tree of modules.
+        config: what to adapt.
+        name_map: for a model whose names are not HuggingFace's: HF module name by FQN.
+
+    Returns:
+        What matched.
+
+    Raises:
+        LoRAConfigError: ``config`` is no LoRAConfig.
+        TargetError: the model is sharded, wrapped by DDP or adapted already, an entry matches
+            nothing, or a matched module cannot take an adapter.
+    """
+    _check_config(config)
+    _check_model(model)
+    modules = dict(canonical_modules(model))
+    hf_names = _hf_names(list(modules), name_map)
+    by_hf = {hf: fqn for fqn, hf in hf_names.items()}
+    chosen = match_targets(
+        config,
+        hf_names.values(),
+        linear_names={hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)},
+        output_names=_output_names(model, modules, hf_names),
+    )
+    owners = _owners(model)
+    for hf in chosen:
+        check_base(modules[by_hf[hf]], hf)
+        _check_not_shared(modules[by_hf[hf]], hf, owners)
+    layers = {hf: _layer(modules[by_hf[hf]], config, hf=hf, fqn=by_hf[hf]) for hf in chosen}
+    paths = {id(module): path for path, module in model.named_modules()}
+    for hf, layer in layers.items():
+        model.set_submodule(paths[id(modules[by_hf[hf]])], layer)
+    set_trainable_params(model, _claimed(layers, by_hf))
+    record = AppliedLoRA(
+        config=config,
+        matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
+        module_names=tuple(hf_names.values()),
+    )
+    model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
+    # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.
+    model.adapter_export = functools.partial(peft_export, model)  # type: ignore[assignment]
+    adapted = sum(p.numel() for p in get_adapter_params(model).values())
+    _log.info(
+        "LoRA on %d modules, %d trainable parameters: %s",
+        len(chosen),
+        adapted,
+        ", ".join(chosen),
+    )
+    return record
+
+
+def initialise_adapters(model: nn.Module) -> None:
+    """Write the initial values of every adapter; the base is not touched.
+
+    For models built on the meta device: after ``to_empty``, before or after loading the base.
+    Needs no communication; every rank writes its slice of the same global values.
+
+    Raises:
+        NoAdapterError: there are no adapters, one cannot be reset, or one is still on meta.
+    """
+    found = list(adapter_modules(model))
+    if not found:
+        msg = "the model has no adapters: apply_lora() was not called on it"
+        raise NoAdapterError(msg)
+    for name, module in found:
+        if not isinstance(module, ResettableAdapter):
+            msg = f"{type(module).__name__} {name!r} has adapter parameters but no reset_adapter()"
+            raise NoAdapterError(msg)
+    for _, module in found:
+        if isinstance(module, ResettableAdapter):
+            module.reset_adapter()
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, LoRAConfig):
+        msg = f"config must be a LoRAConfig, got {type(config).__name__}"
+        raise LoRAConfigError(msg)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        msg = "apply_lora() must run before DistributedDataParallel, which has registered gradients"
+        raise TargetError(msg)
+    if isinstance(model, nn.Linear):
+        msg = (
+            "the model itself is a linear layer, which cannot be replaced in place; use "
+            "LoRALinear.from_linear()"
+        )
+        raise TargetError(msg)
+    for name, _ in adapter_modules(model):
+        msg = f"the model has an adapter already ({name!r}); apply_lora() works once"
+        raise TargetError(msg)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            msg = f"apply_lora() must run before sharding, but parameter {name!r} is a DTensor"
+            raise TargetError(msg)
+    for attribute in ("lora", "adapter_export"):
+        if hasattr(model, attribute):
+            msg = f"the model has an attribute {attribute!r} of its own, which apply_lora() sets"
+            raise TargetError(msg)
+
+
+def _hf_names(fqns: list[str], name_map: NameMap | None) -> dict[str, str]:
+    """HF name by FQN, the root left out; two modules must not share one."""
+    lookup: Callable[[str], str | None]
+    if name_map is None:
+        lookup = dict[str, str | None]().get
+    else:
+        lookup = name_map.get if isinstance(name_map, Mapping) else name_map
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for fqn in fqns:
+        if not fqn:
+            continue
+        hf = lookup(fqn)
+        names[fqn] = fqn if hf is None else hf
+        other = taken.setdefault(names[fqn], fqn)
+        if other != fqn:
+            msg = f"name_map gives both {other!r} and {fqn!r} the HF name {names[fqn]!r}"
+            raise TargetError(msg)
+    return names
+
+
+def _output_names(
+    model: nn.Module, modules: Mapping[str, nn.Module], hf_names: Mapping[str, str]
+) -> frozenset[str]:
+    """HF names of the output heads: what the model says, else by convention."""
+    ask = getattr(model, "get_output_embeddings", None)  # transformers' PreTrainedModel
+    if callable(ask):
+        head = ask()
+        return frozenset(hf_names[n] for n, m in modules.items() if n and m is head)
+    heads = head_names(hf_names.values()) | {hf_names[n] for n in head_names(hf_names)}
+    return frozenset(heads)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names under which each module and each parameter object occurs."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        owners.setdefault(id(module), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _check_not_shared(module: nn.Module, hf: str, owners: Mapping[int, list[str]]) -> None:
+    places = owners[id(module)]
+    if len(places) > 1:
+        msg = f"module {hf!r} is used in several places ({', '.join(places)}); adapt none of them"
+        raise TargetError(msg)
+    for local, parameter in module.named_parameters(recurse=False):
+        places = owners[id(parameter)]
+        if len(places) > 1:
+            msg = (
+                f"{hf}.{local} is tied to another parameter ({', '.join(places)}): an adapter "
+                "beside it would exist on one side only, and engines treat it in different ways; "
+                "leave it out with exclude_modules"
+            )
+            raise TargetError(msg)
+
+
+def _layer(module: nn.Module, config: LoRAConfig, *, hf: str, fqn: str) -> LoRALinear:
+    return LoRALinear.from_linear(
+        check_base(module, hf),
+        rank=config.rank_for(hf),
+        alpha=config.alpha_for(hf),
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        init=config.init,
+        adapter_dtype=config.adapter_dtype,
+        fqn=fqn,
+        seed=config.seed,
+    )
+
+
+def _claimed(layers: Mapping[str, LoRALinear], by_hf: Mapping[str, str]) -> list[str]:
+    return [f"{by_hf[hf]}.{local}" for hf, m in layers.items() for local in m.adapter_params()]

@@ -1,0 +1,65 @@
+"""Merging for export: in fp32 and out of place, so that the base never changes by a bit.
+
+Merging bf16 weights in place would lose most of the update to rounding, and taking it out again
+would not restore the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .names import canonical_modules
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A module that can say what its weight would be with the adapter folded in."""
+
+    def merged_weight(self) -> Tensor:
+        """Base plus update, a new fp32 tensor."""
+        ...
+
+
+@torch.no_grad()
+def merge_factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``W + scaling * B A`` in fp32.
+
+    Sharded tensors are gathered first: all ranks of their mesh must call.
+
+    Args:
+        weight: base, ``(out, in)``, any floating dtype; not changed.
+        a: ``(r, in)``.
+        b: ``(out, r)``.
+        scaling: factor on the product.
+
+    Returns:
+        A new fp32 tensor ``(out, in)`` on the device of the weight.
+    """
+    base, down, up = (_whole(t).float() for t in (weight, a, b))
+    return torch.addmm(base, up, down, alpha=scaling)
+
+
+def iter_merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The merged weight of every adapted layer, one at a time.
+
+    On sharded models this is collective: every rank must run the iterator to its end. One whole
+    layer is held at a time, not the model.
+
+    Args:
+        model: a model with adapters, wrapped or not.
+
+    Yields:
+        Pairs (canonical FQN of the weight, fp32 tensor), in the order of the modules.
+    """
+    for name, module in canonical_modules(model):
+        if isinstance(module, Mergeable):
+            yield (f"{name}.weight" if name else "weight"), module.merged_weight()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

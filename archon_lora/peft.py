@@ -1,0 +1,319 @@
+"""PEFT's adapter format: keys, ``adapter_config.json``, export rules, and loading.
+
+PEFT spells the factors ``lora_A`` and ``lora_B`` and prefixes module names with
+``base_model.model.``; in the model they are ``lora_a`` and ``lora_b``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import AppliedLoRA, applied_lora
+from .config import LoRAConfig
+from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, UnmappedName
+from .init import copy_local_, local_slice
+from .linear import LoRALinear
+from .names import canonical_modules
+from .peft_config import check_fields
+from .targets import target_names
+
+Factor = Literal["A", "B"]
+
+PREFIX: Final = "base_model.model."
+_KEY: Final = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight")
+_RANK_DIM: Final[Mapping[Factor, int]] = {"A": 0, "B": 1}
+_FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
+_SHOWN: Final = 8
+
+
+class TensorReader(Protocol):
+    """Where adapter tensors come from; a rank asks only for the part it holds."""
+
+    def keys(self) -> Iterable[str]:
+        """PEFT keys of all tensors."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        ...
+
+    def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, one slice a dimension."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A reader over tensors that are loaded already."""
+
+    tensors: Mapping[str, Tensor]
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        return self.tensors[key][index]
+
+
+def peft_key(hf_module_name: str, factor: Factor) -> str:
+    """Key of a factor in ``adapter_model.safetensors``.
+
+    Args:
+        hf_module_name: HF name of the adapted module.
+        factor: ``"A"`` or ``"B"``.
+    """
+    return f"{PREFIX}{hf_module_name}.lora_{factor}.weight"
+
+
+def parse_peft_key(key: str) -> tuple[str, Factor]:
+    """HF module name and factor of a key; the adapter name ``.default`` may be in it.
+
+    Raises:
+        UnmappedName: not the key of a linear layer's LoRA factor.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        msg = (
+            f"{key!r} is not the key of a LoRA factor; keys read {PREFIX}<module>.lora_A.weight "
+            "or .lora_B.weight"
+        )
+        raise UnmappedName(msg)
+    return match[1], "A" if match[2] == "A" else "B"
+
+
+def peft_export(
+    model: nn.Module, *, normalise: bool = True, base_model_name: str = ""
+) -> dict[str, Any]:
+    """How to make a PEFT adapter from this model's parameters, as plain data.
+
+    With ``normalise`` the result computes the same in PEFT, vLLM and SGLang: one rank for all
+    modules (the largest; others are zero-padded), ``alpha = r``, the scaling folded into B in
+    fp32, no rsLoRA and no patterns. Without, the adapter keeps its training form, which PEFT
+    understands and engines may not.
+
+    Args:
+        model: a model on which ``apply_lora()`` was called, sharded or wrapped or not.
+        normalise: see above.
+        base_model_name: value of ``base_model_name_or_path``.
+
+    Returns:
+        ``{"peft_config": {...}, "rules": [{"source", "key", "scale", "pad_dim", "pad_to",
+        "index"}, ...]}``, JSON-able; rules in the order of the modules, A before B.
+
+    Raises:
+        LoRANotEnabled: no LoRA in the model.
+        NoAdapterError: modules that were adapted are gone.
+    """
+    record = applied_lora(model)
+    layers = _layers(model, record)
+    names = target_names(layers, record.module_names)
+    config = record.config.to_peft(base_model_name=base_model_name, target_modules=names)
+    # The names above are the ones that matched, so nothing is left to exclude, and the initial
+    # values are behind us: engines accept only the default here.
+    config |= {"exclude_modules": None, "init_lora_weights": True}
+    widest = max(layer.rank for layer in layers.values())
+    if normalise:
+        config |= {
+            "alpha_pattern": {},
+            "lora_alpha": widest,
+            "r": widest,
+            "rank_pattern": {},
+            "use_rslora": False,
+        }
+    rules: list[dict[str, Any]] = []
+    for hf, layer in layers.items():
+        padded = normalise and layer.rank < widest
+        for factor, local in zip(_FACTORS, layer.adapter_params(), strict=True):
+            rules.append(
+                {
+                    "source": f"{layer.fqn}.{local}",
+                    "key": peft_key(hf, factor),
+                    "scale": layer.scaling if normalise and factor == "B" else 1.0,
+                    "pad_dim": _RANK_DIM[factor] if padded else None,
+                    "pad_to": widest if padded else None,
+                    "index": None,
+                }
+            )
+    return {"peft_config": config, "rules": rules}
+
+
+def load_adapter_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | TensorReader,
+    peft_config: Mapping[str, Any],
+) -> None:
+    """Put a PEFT adapter's values into the model's adapter parameters.
+
+    Everything is checked and every value made before the first parameter changes. B is rescaled
+    when the file's scaling is not the model's, so a normalised export loads back into the model
+    it came from (up to one rounding of B, none when the scaling is a power of two), and so does
+    an adapter trained with another alpha. A file of a higher rank is taken if the surplus is zero
+    padding.
+
+    Works on parameters of any placement without communication: each rank copies its slice. Ranks
+    that read only slices check only those, so the caller must let them agree on the outcome.
+
+    Args:
+        model: a model on which ``apply_lora()`` was called.
+        tensors: by PEFT key, or a reader that gives parts of them.
+        peft_config: content of the file's ``adapter_config.json``.
+
+    Raises:
+        LoRANotEnabled: no LoRA in the model.
+        LoRAConfigError: the config has options that are not supported, or values that cannot be.
+        AdapterMismatch: keys missing or unexpected, wrong shapes, a rank other than the config
+            says, or values that are not finite.
+    """
+    layers = _layers(model, applied_lora(model))
+    written = _written_config(peft_config)
+    reader = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
+    keys = _match_keys(reader, layers)
+    _check_shapes(reader, keys, layers, written)
+    plan = [
+        (_parameter(layer, factor), _value(reader, keys[hf, factor], layer, hf, factor, written))
+        for hf, layer in layers.items()
+        for factor in _FACTORS
+    ]
+    for parameter, part in plan:
+        copy_local_(parameter, part)
+
+
+def _layers(model: nn.Module, record: AppliedLoRA) -> dict[str, LoRALinear]:
+    """Adapted layers by HF name, in the order in which they matched."""
+    there = {m.fqn: m for _, m in canonical_modules(model) if isinstance(m, LoRALinear)}
+    gone = [fqn for fqn in record.matched if fqn not in there]
+    if gone:
+        msg = f"modules that apply_lora() adapted are no longer LoRALinear: {_some(gone)}"
+        raise NoAdapterError(msg)
+    return {hf: there[fqn] for fqn, hf in record.matched.items()}
+
+
+def _parameter(layer: LoRALinear, factor: Factor) -> Tensor:
+    return layer.lora_a.weight if factor == "A" else layer.lora_b.weight
+
+
+def _written_config(peft_config: Mapping[str, Any]) -> LoRAConfig:
+    """The file's ranks and scalings. How its values were first drawn does not matter any more."""
+    check_fields(peft_config)
+    init = peft_config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        msg = (
+            f"init_lora_weights={init!r} changes the base weights: convert the adapter to a plain "
+            "LoRA (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)) first"
+        )
+        raise LoRAConfigError(msg)
+    settings = {**peft_config, "init_lora_weights": True, "lora_dropout": 0.0, "task_type": None}
+    # Tensor keys decide what is adapted; which names selected them is no matter here.
+    settings |= {"target_modules": "all-linear", "exclude_modules": None}
+    return LoRAConfig.from_peft(settings)
+
+
+def _match_keys(
+    reader: TensorReader, layers: Mapping[str, LoRALinear]
+) -> dict[tuple[str, Factor], str]:
+    """The file's key of every factor.
+
+    Raises:
+        AdapterMismatch: keys missing, unexpected or double.
+    """
+    keys: dict[tuple[str, Factor], str] = {}
+    unexpected, double = [], []
+    for key in reader.keys():  # noqa: SIM118 - a reader is not a mapping
+        try:
+            factor = parse_peft_key(key)
+        except UnmappedName:
+            unexpected.append(key)
+            continue
+        if factor[0] not in layers:
+            unexpected.append(key)
+        elif factor in keys:
+            double.append(key)
+        else:
+            keys[factor] = key
+    missing = [peft_key(hf, f) for hf in layers for f in _FACTORS if (hf, f) not in keys]
+    found = (("missing", missing), ("unexpected", unexpected), ("given twice", double))
+    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
+    if problems:
+        msg = (
+            f"the adapter does not fit the model, which has {len(layers)} adapted modules: "
+            f"{'; '.join(problems)}; check target_modules"
+        )
+        raise AdapterMismatch(msg)
+    return keys
+
+
+def _check_shapes(
+    reader: TensorReader,
+    keys: Mapping[tuple[str, Factor], str],
+    layers: Mapping[str, LoRALinear],
+    written: LoRAConfig,
+) -> None:
+    """Every tensor has the rank that the file's config says, and fits the model.
+
+    Raises:
+        AdapterMismatch: with all that do not.
+    """
+    wrong = []
+    for (hf, factor), key in keys.items():
+        layer = layers[hf]
+        rank = written.rank_for(hf)
+        wanted = (rank, layer.in_features) if factor == "A" else (layer.out_features, rank)
+        shape = reader.shape(key)
+        if shape != wanted:
+            wrong.append(f"{key}: the file has {shape}, r={rank} and the model want {wanted}")
+        elif rank < layer.rank:
+            wrong.append(f"{key}: the file has rank {rank}, the model {layer.rank}; set rank")
+    if wrong:
+        msg = f"{len(wrong)} of the adapter's tensors do not fit the model: {_some(wrong)}"
+        raise AdapterMismatch(msg)
+
+
+def _value(
+    reader: TensorReader,
+    key: str,
+    layer: LoRALinear,
+    hf: str,
+    factor: Factor,
+    written: LoRAConfig,
+) -> Tensor:
+    """This rank's part of a parameter's new value, checked, in the parameter's dtype."""
+    parameter = _parameter(layer, factor)
+    index = local_slice(parameter)
+    part = reader.read(key, index)
+    if not part.is_floating_point():
+        msg = f"{key} must hold floating-point values, got {part.dtype}"
+        raise AdapterMismatch(msg)
+    surplus = list(index)
+    surplus[_RANK_DIM[factor]] = slice(layer.rank, written.rank_for(hf))
+    padding = reader.read(key, tuple(surplus))
+    if torch.count_nonzero(padding):
+        msg = (
+            f"{key} has rank {written.rank_for(hf)}, the model {layer.rank}, and the surplus is "
+            "not zero padding; set rank"
+        )
+        raise AdapterMismatch(msg)
+    if factor == "B":
+        ratio = written.scaling_for(hf) / layer.scaling
+        if ratio != 1.0:
+            # In fp64, so that undoing a folded scaling adds no rounding of its own.
+            part = part.double() * ratio
+    value = part.to(parameter.dtype)
+    if not torch.isfinite(value).all():
+        msg = f"{key} holds values that are not finite in {parameter.dtype}"
+        raise AdapterMismatch(msg)
+    return value
+
+
+def _some(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
