@@ -176,7 +176,8 @@ class LoRALinear(nn.Linear):
             seed=seed,
         )
         for name, parameter in linear.named_parameters(recurse=False):
-            layer.register_parameter(name, parameter.requires_grad_(False))
+            parameter.requires_grad_(False)
+            layer.register_parameter(name, parameter)
         if linear.weight.device.type != "meta":
             layer.lora_a.to_empty(device=linear.weight.device)
             layer.lora_b.to_empty(device=linear.weight.device)

@@ -25,8 +25,8 @@ from .targets import target_names
 
 Factor = Literal["A", "B"]
 
-PREFIX: Final = "base_model.model."
-_KEY: Final = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight")
+PEFT_PREFIX: Final = "base_model.model."
+_KEY: Final = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight")
 _RANK_DIM: Final[Mapping[Factor, int]] = {"A": 0, "B": 1}
 _FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
 _SHOWN: Final = 8
@@ -71,7 +71,7 @@ def peft_key(hf_module_name: str, factor: Factor) -> str:
         hf_module_name: HF name of the adapted module.
         factor: ``"A"`` or ``"B"``.
     """
-    return f"{PREFIX}{hf_module_name}.lora_{factor}.weight"
+    return f"{PEFT_PREFIX}{hf_module_name}.lora_{factor}.weight"
 
 
 def parse_peft_key(key: str) -> tuple[str, Factor]:
@@ -83,7 +83,7 @@ def parse_peft_key(key: str) -> tuple[str, Factor]:
     match = _KEY.fullmatch(key)
     if match is None:
         msg = (
-            f"{key!r} is not the key of a LoRA factor; keys read {PREFIX}<module>.lora_A.weight "
+            f"{key!r} is not the key of a LoRA factor; keys read {PEFT_PREFIX}<module>.lora_A.weight "
             "or .lora_B.weight"
         )
         raise UnmappedName(msg)

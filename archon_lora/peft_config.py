@@ -94,7 +94,7 @@ def check_fields(config: Any) -> None:
         config: content of ``adapter_config.json``, a mapping.
 
     Raises:
-        LoRAConfigError: not a mapping, not a LoRA adapter, or an option that is not supported is set.
+        LoRAConfigError: not a mapping, not LoRA, or an option is set that is not supported.
     """
     if not isinstance(config, Mapping):
         msg = f"a PEFT config must be a mapping, got {type(config).__name__}"
