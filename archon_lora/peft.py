@@ -83,8 +83,8 @@ def parse_peft_key(key: str) -> tuple[str, Factor]:
     match = _KEY.fullmatch(key)
     if match is None:
         msg = (
-            f"{key!r} is not the key of a LoRA factor; keys read {PEFT_PREFIX}<module>.lora_A.weight "
-            "or .lora_B.weight"
+            f"{key!r} is not the key of a LoRA factor; keys read "
+            f"{PEFT_PREFIX}<module>.lora_A.weight or .lora_B.weight"
         )
         raise UnmappedName(msg)
     return match[1], "A" if match[2] == "A" else "B"
