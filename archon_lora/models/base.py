@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from archon_lora.errors import AdapterMismatch, ModelLoadError, UnmappedName
+from archon_lora.config import LoRAConfig
+from archon_lora.errors import AdapterMismatch, ModelLoadError, TargetError, UnmappedName
 from archon_lora.names import canonical_fqn
 from archon_lora.peft import PEFT_PREFIX, parse_peft_key, peft_key
+from archon_lora.targets import match_targets, target_names
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -57,14 +59,14 @@ class BaseStateDictAdapter(ABC):
         """Build the maps.
 
         Args:
-            model_config: the model's configuration; ``num_hidden_layers`` bounds the indices in
-                :meth:`peft_module_names`, and subclasses leave out what the model does not have.
+            model_config: the model's configuration, with ``num_hidden_layers``; subclasses leave
+                out what it says the model does not have.
         """
         self.model_config = model_config
         self.from_hf_map: dict[str, str] = dict(self._base_map())
         for module, hf_module in self.to_peft_module_map().items():
-            for archon_side, side in (("lora_a", "A"), ("lora_b", "B")):
-                self.from_hf_map[peft_key(hf_module, side)] = f"{module}.{archon_side}.weight"
+            self.from_hf_map[peft_key(hf_module, "A")] = f"{module}.lora_a.weight"
+            self.from_hf_map[peft_key(hf_module, "B")] = f"{module}.lora_b.weight"
         self.to_hf_map: dict[str, str] = {ours: hf for hf, ours in self.from_hf_map.items()}
         self._module_map = {
             ours.removesuffix(".weight"): hf.removesuffix(".weight")
@@ -80,16 +82,45 @@ class BaseStateDictAdapter(ABC):
         """Archon module name to HF module name (both with ``{}``) of all that LoRA may target."""
         return dict(self.peft_modules)
 
-    def peft_module_names(self) -> dict[str, str]:
-        """:meth:`to_peft_module_map` with the layers of this model written out."""
-        names: dict[str, str] = {}
-        for ours, hf in self.to_peft_module_map().items():
-            if "{}" not in ours:
-                names[ours] = hf
-                continue
-            for index in range(self.model_config.num_hidden_layers):
-                names[ours.format(index)] = hf.format(index)
-        return names
+    def create_peft_adapter_config(
+        self, lora_config: LoRAConfig, base_model_name_or_path: str
+    ) -> dict[str, Any]:
+        """The ``adapter_config.json`` of an adapter trained with these settings on this model.
+
+        Args:
+            lora_config: rank, alpha and targets; targets are HF names, as everywhere.
+            base_model_name_or_path: how PEFT and the engines find the base model.
+
+        Returns:
+            A JSON-able mapping. ``target_modules`` is a sorted list of HF names that selects
+            exactly the adapted modules, also where the settings say ``"all-linear"`` or give a
+            pattern.
+
+        Raises:
+            TargetError: a target, exclusion or pattern that is for no module of this model.
+        """
+        linear = self._written_out(self.to_peft_module_map())
+        names = list(self._written_out(self._module_map).values())
+        heads = {linear[self.output_module]} if self.output_module in linear else set()
+        chosen = match_targets(
+            lora_config, names, linear_names=set(linear.values()), output_names=heads
+        )
+        wrong = sorted(set(chosen) - set(linear.values()))
+        if wrong:
+            msg = f"target_modules selects {', '.join(wrong)}, which cannot take an adapter"
+            raise TargetError(msg)
+        return lora_config.to_peft(
+            base_model_name=base_model_name_or_path, target_modules=target_names(chosen, names)
+        )
+
+    def _written_out(self, modules: Mapping[str, str]) -> dict[str, str]:
+        """A table of modules with the index of every layer of this model in place of ``{}``."""
+        layers = range(self.model_config.num_hidden_layers)
+        return {
+            ours.format(index): hf.format(index)
+            for ours, hf in modules.items()
+            for index in (layers if "{}" in ours else (0,))
+        }
 
     def module_to_hf(self, fqn: str) -> str | None:
         """HF name of a module, or None for one that HF does not have.

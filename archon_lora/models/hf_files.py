@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -124,22 +124,17 @@ class HFWeights:
             self._handles[name] = handle
         return problems
 
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """Read one block of a tensor.
 
         Args:
             name: HF tensor name, one of ``shapes``.
-            offsets: first index of the block, one entry a dimension.
-            sizes: its extent, one entry a dimension.
+            index: one slice a dimension.
 
         Returns:
             The block in the file's dtype; it may be a view of the file's memory map.
         """
-        view = self._handles[name].get_slice(name)
-        # safetensors slices every dimension; a 0-d tensor has nothing to slice.
-        block: torch.Tensor = view[
-            tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-        ]
+        block: torch.Tensor = self._handles[name].get_slice(name)[index]
         self.bytes_read += block.numel() * block.element_size()
         return block
 

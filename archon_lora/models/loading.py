@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from archon_lora.adapter import get_adapter_params
 from archon_lora.errors import ModelLoadError, UnmappedName
+from archon_lora.init import copy_local_, local_slice
 from archon_lora.names import canonical_fqn
 
 from .base import BaseStateDictAdapter
@@ -53,12 +53,11 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One local tensor and the block of the HF tensor that fills it."""
+    """A tensor of which this rank holds a part, and where that part lies in the HF tensor."""
 
     hf_name: str
-    local: Tensor
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    tensor: Tensor
+    index: tuple[slice, ...]
 
 
 def load_hf_weights(
@@ -84,12 +83,13 @@ def load_hf_weights(
         targets = _base_tensors(model)
         hf_names = _match(targets, adapter, weights)
         reads = [
-            read for fqn, tensor in targets.items() for read in _local_reads(hf_names[fqn], tensor)
+            _Read(hf_names[fqn], tensor, local_slice(tensor))
+            for fqn, tensor in targets.items()
+            if _holds_any(tensor)
         ]
         _check_aliases(reads, adapter, weights)
-        with torch.no_grad():
-            for read in reads:
-                read.local.copy_(weights.read(read.hf_name, read.offsets, read.sizes))
+        for read in reads:
+            copy_local_(read.tensor, weights.read(read.hf_name, read.index))
         return LoadReport(tensors=len(reads), bytes_read=weights.bytes_read)
 
 
@@ -204,20 +204,10 @@ def _is_harmless(hf_name: str, adapter: BaseStateDictAdapter) -> bool:
         return False
 
 
-def _local_reads(hf_name: str, tensor: Tensor) -> list[_Read]:
-    """The block of an HF tensor that this rank holds; nothing where it holds nothing."""
-    if not isinstance(tensor, DTensor):
-        return [_Read(hf_name, tensor, (0,) * tensor.ndim, tuple(tensor.shape))]
-    # The chunk protocol of torch.distributed.checkpoint: it knows uneven and strided shards.
-    chunks: list[Any] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    if len(chunks) != 1:
-        msg = f"{hf_name}: this rank holds {len(chunks)} pieces of the tensor; 1 is supported"
-        raise ModelLoadError(msg)
-    offsets, sizes = tuple(chunks[0].offsets), tuple(chunks[0].sizes)
-    local = tensor.to_local()
-    if local.numel() == 0:
-        return []
-    return [_Read(hf_name, local, offsets, sizes)]
+def _holds_any(tensor: Tensor) -> bool:
+    """Whether this rank holds any element: small tensors leave some ranks with nothing."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() > 0
 
 
 def _check_aliases(reads: list[_Read], adapter: BaseStateDictAdapter, weights: HFWeights) -> None:
@@ -232,8 +222,8 @@ def _check_aliases(reads: list[_Read], adapter: BaseStateDictAdapter, weights: H
         if alias not in weights.shapes or read is None:
             continue
         same = weights.shapes[alias] == weights.shapes[original] and torch.equal(
-            weights.read(alias, read.offsets, read.sizes),
-            weights.read(original, read.offsets, read.sizes),
+            weights.read(alias, read.index),
+            weights.read(original, read.index),
         )
         if not same:
             msg = (

@@ -49,7 +49,9 @@ def parallelize(
             # The method, unlike torch.compile(block), leaves names as they are.
             block.compile(backend=compile_backend)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    place = adapter_shard_placement(model) if get_adapter_params(model) else None
+    place = None
+    if get_adapter_params(model):
+        place = adapter_shard_placement(model, shards=mesh.size(mesh.ndim - 1))
     for block in blocks:
         fully_shard(
             block,
