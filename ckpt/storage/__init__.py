@@ -1,1 +1,51 @@
 """Stores: one protocol, POSIX and fsspec behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ckpt.errors import ConfigError
+
+from .base import Buffer, Entry, Storage
+from .checked import put_checked, read_checked
+from .posix import PosixStorage
+
+__all__ = ["Buffer", "Entry", "Storage", "open_storage", "put_checked", "read_checked"]
+
+
+def open_storage(
+    url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> Storage:
+    """The store behind a path or URL.
+
+    Args:
+        url: a plain path or ``file://`` URL (POSIX), or any URL that fsspec knows, for example
+            ``s3://bucket/prefix`` or ``memory://name``.
+        storage_options: passed to fsspec; not allowed for paths.
+
+    Raises:
+        ConfigError: an unusable URL, or options where none are taken.
+        StorageError: the store cannot be reached.
+    """
+    text = fspath(url)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if scheme in {"", "file"}:
+        if storage_options:
+            msg = f"storage_options are for object stores, not for the path {text!r}"
+            raise ConfigError(msg)
+        if scheme:
+            parts = urlsplit(text)
+            if parts.netloc not in {"", "localhost"}:
+                msg = f"{text!r} names a file on another machine; write file:///path"
+                raise ConfigError(msg)
+            text = unquote(parts.path)
+        if not text:
+            msg = "the path of a store is empty"
+            raise ConfigError(msg)
+        return PosixStorage(text)
+    from .fsspec_store import FsspecStorage  # fsspec is slow to import and not always needed
+
+    return FsspecStorage(text, dict(storage_options or {}))

@@ -43,6 +43,10 @@ class Storage(Protocol):
         """Bytes ``[start, end)`` of a file; a short file is a :class:`StorageError`."""
         ...
 
+    def read_into(self, path: str, start: int, target: memoryview) -> None:
+        """Fill ``target`` with a file's bytes from ``start`` on, copying as little as possible."""
+        ...
+
     def size(self, path: str) -> int:
         """Size of a file in bytes; :class:`ObjectNotFound` if there is none."""
         ...
