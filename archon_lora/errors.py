@@ -11,7 +11,9 @@
     ├── AdapterNotFound      (FileNotFoundError) no adapter file at the path
     ├── UnmappedName         (KeyError)          a tensor that no name map covers
     ├── ModelLoadError       (ValueError)        a model directory that cannot be loaded
-    └── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
+    ├── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
+    ├── EngineNotReady       (RuntimeError)      a call that the engine's state does not allow
+    └── NonFiniteGradient    (ArithmeticError)   NaN or infinity in the gradients
 """
 
 from __future__ import annotations
@@ -63,3 +65,11 @@ class PeerFailed(ArchonLoraError, RuntimeError):
 
 class TrainConfigError(ArchonLoraError, ValueError):
     """A setting of a training run; names the key, what was given and what is wanted."""
+
+
+class EngineNotReady(ArchonLoraError, RuntimeError):
+    """The engine is not initialised, initialised twice, or was built without an optimizer."""
+
+
+class NonFiniteGradient(ArchonLoraError, ArithmeticError):
+    """The gradient norm is NaN or infinite; nothing was updated."""

@@ -1,0 +1,97 @@
+"""Batches: how rows become micro batches, and how weights and losses meet over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .groups import Groups
+
+Batch = Mapping[str, Tensor]
+"""Tensors by name; the first dimension of each is the row."""
+
+
+def batch_rows(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on the device.
+
+    Raises:
+        ValueError: no ``input_ids`` of two dimensions, or tensors that differ in rows.
+    """
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = "none" if ids is None else f"shape {tuple(ids.shape)}"
+        msg = f"a batch needs input_ids of shape [rows, tokens], got {got}"
+        raise ValueError(msg)
+    rows = ids.shape[0]
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            msg = f"every entry of a batch must have {rows} rows like input_ids; {name} is {shape}"
+            raise ValueError(msg)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def default_weight(batch: Batch) -> float:
+    """The number of rows."""
+    return float(batch["input_ids"].shape[0])
+
+
+def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[str, Tensor]]:
+    """Split this rank's rows into ``micro_batches`` parts of nearly equal size.
+
+    Every rank runs the same number of parts, because each forward and backward is a collective.
+
+    Raises:
+        ValueError: on every rank, if a rank has a malformed batch or fewer rows than parts.
+    """
+    problem: ValueError | None = None
+    parts: list[dict[str, Tensor]] = []
+    try:
+        on_device = batch_rows(batch, groups.device)
+        rows = on_device["input_ids"].shape[0]
+        if rows < micro_batches:
+            msg = f"{rows} rows cannot make {micro_batches} micro batches; lower micro_batches"
+            raise ValueError(msg)
+        pieces = {k: torch.tensor_split(v, micro_batches) for k, v in on_device.items()}
+        parts = [{k: v[i] for k, v in pieces.items()} for i in range(micro_batches)]
+    except ValueError as error:
+        problem = error
+    # Asked of all ranks before anybody enters a collective that the others would never join.
+    failed = torch.tensor([int(problem is not None)], device=groups.device)
+    dist.all_reduce(failed, group=groups.world)
+    if problem is not None:
+        raise problem
+    if int(failed):
+        msg = f"{int(failed)} other rank(s) have a batch that cannot be used; see their errors"
+        raise ValueError(msg)
+    return parts
+
+
+def total_weight(weights: list[float], groups: Groups) -> float:
+    """Sum of the weights of all micro batches of all ranks.
+
+    Raises:
+        ValueError: on every rank, if a weight is negative or not finite, or all are zero.
+    """
+    good = all(math.isfinite(w) and w >= 0 for w in weights)
+    mine = sum(weights) if good else math.nan
+    total = torch.tensor([mine], dtype=torch.float64, device=groups.device)
+    dist.all_reduce(total, group=groups.world)
+    if not float(total) > 0:
+        msg = (
+            "the weights of a batch must be finite, >= 0 and not all zero; "
+            f"this rank has {weights}, the sum over ranks is {float(total)}"
+        )
+        raise ValueError(msg)
+    return float(total)
+
+
+def reduce_losses(losses: list[Tensor], groups: Groups) -> float:
+    """Sum of weighted losses (0-d, float64) over micro batches and ranks."""
+    total = torch.stack(losses).sum().reshape(1)
+    dist.all_reduce(total, group=groups.world)
+    return float(total)

@@ -1,0 +1,434 @@
+"""ArchonEngine: a small trainer on FSDP2, with or without LoRA.
+
+Without LoRA this module and all that it imports leave the LoRA code alone; it is imported only
+inside ``if ... lora is not None``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from archon_lora.errors import EngineNotReady, NonFiniteGradient
+from archon_lora.models import BaseStateDictAdapter, base_fingerprint
+
+from .batch import Batch, batch_rows, default_weight, reduce_losses, split_batch, total_weight
+from .build import build_model
+from .config import EngineConfig
+from .grad_norm import clip_grad_norm
+from .groups import Groups, close_groups, open_groups
+from .schedule import build_scheduler
+from .types import FullWeightSink, SaveLoadMeta, WeightSink
+
+if TYPE_CHECKING:
+    from archon_lora.config import LoRAConfig
+    from ckpt import CheckpointManager, TrainState
+
+_log = logging.getLogger(__name__)
+
+LossFn = Callable[[Tensor, Batch], Tensor]
+"""(logits [B, S, V], micro batch) to the *mean* loss over what the weight counts (0-d)."""
+
+WeightFn = Callable[[Batch], float]
+"""Micro batch to its weight in the mean over all ranks, e.g. the number of tokens that count."""
+
+
+class ArchonEngine:
+    """Trains one model over all ranks of a process group.
+
+    Call :meth:`initialize` first and :meth:`close` last, on every rank; so do all methods that
+    compute, save or load. Satisfies :class:`~archon_lora.engine.EngineLike`.
+
+    Attributes:
+        config: the settings.
+        lora_config: the adapter's settings, None for full fine-tuning.
+        extra: values that go into every checkpoint, equal on all ranks and JSON-able;
+            ``policy_version`` is among them.
+        sinks: rollout targets that :meth:`update_weights` serves.
+        manager: where :meth:`update_weights` publishes, or None.
+        skipped_updates: updates dropped because of a gradient that was not finite.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Remember the settings; nothing is built before :meth:`initialize`."""
+        self.config = config
+        self.lora_config: LoRAConfig | None = config.lora
+        self.extra: dict[str, Any] = {"policy_version": 0}
+        self.sinks: list[WeightSink | FullWeightSink] = []
+        self.manager: CheckpointManager | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.lr_scheduler: LambdaLR | None = None
+        self.skipped_updates = 0
+        self._model: nn.Module | None = None
+        self._names: BaseStateDictAdapter | None = None
+        self._groups: Groups | None = None
+        self.model_config: Any = None
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def initialize(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Make groups, model, optimizer and schedule; seeds this process's torch generators.
+
+        Args:
+            process_group: ranks that train together; None is all of them.
+
+        Raises:
+            EngineNotReady: the engine is initialised already.
+            ModelLoadError: the model directory cannot be loaded.
+            TargetError: the adapter's targets do not fit the model.
+        """
+        if self._groups is not None:
+            msg = "initialize() was called twice on this engine; close() it first"
+            raise EngineNotReady(msg)
+        groups = open_groups(self.config, process_group)
+        try:
+            built = build_model(self.config, groups.mesh, groups.device)
+        except BaseException:
+            close_groups(groups)
+            raise
+        self._groups = groups
+        self._model, self._names = built.model, built.state_dict_adapter
+        self.model_config = built.model_config
+        if self.config.optimizer is not None:
+            options = self.config.optimizer
+            self.optimizer = torch.optim.AdamW(
+                # Only what trains: the frozen base would cost two moments per weight.
+                self.trainable_params(),
+                lr=options.lr,
+                betas=options.betas,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+            )
+            self.lr_scheduler = build_scheduler(self.optimizer, options)
+        # Ranks draw different dropout masks.
+        torch.manual_seed(self.config.seed + groups.rank)
+
+    def close(self) -> None:
+        """Let go of the model and of the groups made here; a second call does nothing."""
+        groups, self._groups = self._groups, None
+        self._model = self._names = None
+        self.optimizer = self.lr_scheduler = None
+        if groups is not None:
+            close_groups(groups)
+
+    def __enter__(self) -> ArchonEngine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- what it is made of -------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The sharded model."""
+        if self._model is None:
+            msg = "the engine is not initialised: call initialize() first"
+            raise EngineNotReady(msg)
+        return self._model
+
+    @property
+    def model_parts(self) -> list[nn.Module]:
+        """The model as a list: this engine has no pipeline stages."""
+        return [self.model]
+
+    @property
+    def state_dict_adapter(self) -> BaseStateDictAdapter:
+        """Maps Archon's names to HuggingFace's."""
+        if self._names is None:
+            msg = "the engine is not initialised: call initialize() first"
+            raise EngineNotReady(msg)
+        return self._names
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups, mesh and device."""
+        if self._groups is None:
+            msg = "the engine is not initialised: call initialize() first"
+            raise EngineNotReady(msg)
+        return self._groups
+
+    @property
+    def cpu_group(self) -> dist.ProcessGroup:
+        """The gloo group that every barrier around a checkpoint uses."""
+        return self.groups.cpu_group
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.groups.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.groups.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.groups.device
+
+    def trainable_params(self) -> list[nn.Parameter]:
+        """The adapter's parameters, or all of them without LoRA.
+
+        Raises:
+            NoAdapterError: LoRA is on, but the model has no adapter.
+        """
+        if self.lora_config is not None:
+            from archon_lora.adapter import get_adapter_params
+            from archon_lora.errors import NoAdapterError
+
+            params = list(get_adapter_params(self.model).values())
+            if not params:
+                msg = f"LoRA is on, but {type(self.model).__name__} has no adapter parameters"
+                raise NoAdapterError(msg)
+            return params
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def get_version(self) -> int:
+        """The policy version that the weights stand for."""
+        return int(self.extra["policy_version"])
+
+    def set_version(self, version: int) -> None:
+        """Say which policy version the weights stand for.
+
+        Raises:
+            ValueError: not an integer >= 0.
+        """
+        if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+            msg = f"the policy version must be an integer >= 0, got {version!r}"
+            raise ValueError(msg)
+        self.extra["policy_version"] = version
+
+    # -- training -----------------------------------------------------------------------------
+
+    def train_batch(
+        self, batch: Batch, loss_fn: LossFn, *, loss_weight_fn: WeightFn = default_weight
+    ) -> dict[str, float]:
+        """One update: gradients of this batch, norm, step.
+
+        Args:
+            batch: as in :meth:`forward_backward`.
+            loss_fn: as in :meth:`forward_backward`.
+            loss_weight_fn: as in :meth:`forward_backward`.
+
+        Returns:
+            ``loss`` (mean over all ranks), ``grad_norm`` (before clipping), ``lr`` (of this
+            update) and ``updated`` (0.0 if the update was skipped); equal on every rank.
+        """
+        if self.optimizer is None:
+            msg = "this engine does not train: its configuration has optimizer=None"
+            raise EngineNotReady(msg)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward_backward(batch, loss_fn, loss_weight_fn=loss_weight_fn)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        skipped = self.skipped_updates
+        norm = self.optimizer_step()
+        updated = float(self.skipped_updates == skipped)
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "updated": updated}
+
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossFn, *, loss_weight_fn: WeightFn = default_weight
+    ) -> float:
+        """Add the gradients of a batch, micro batch by micro batch, to those already there.
+
+        The gradient is that of ``sum(weight * loss) / sum(weight)`` over the micro batches of all
+        ranks, so it does not depend on how the same rows are spread over ranks.
+
+        Args:
+            batch: this rank's rows: tensors whose first dimension is the row. ``input_ids``
+                ``[B, S]``; ``attention_mask`` and ``positions`` are given to the model where
+                present; the rest is for the loss.
+            loss_fn: the mean loss of a micro batch. It must depend on the logits even where
+                everything is masked: FSDP's collectives run in the backward pass.
+            loss_weight_fn: weight of a micro batch; by default the number of rows.
+
+        Returns:
+            The weighted mean loss over all ranks.
+
+        Raises:
+            ValueError: a rank has too few rows for its micro batches, or all weights are zero.
+        """
+        groups = self.groups
+        parts = split_batch(batch, self.config.micro_batches, groups)
+        weights = [float(loss_weight_fn(part)) for part in parts]
+        total = total_weight(weights, groups)
+        self.model.train()
+        losses = []
+        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(index == len(parts) - 1)
+            loss = loss_fn(self._logits(part), part)
+            # FSDP averages over ranks, but the weights already make a mean over all of them.
+            scaled = loss * (weight / total * groups.world_size)
+            scaled.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach().double() * (weight / total))
+        return reduce_losses(losses, groups)
+
+    def optimizer_step(self) -> float:
+        """Measure and clip the gradients, update, advance the schedule, clear the gradients.
+
+        Returns:
+            The gradient norm before clipping, equal on every rank.
+
+        Raises:
+            EngineNotReady: the configuration has no optimizer.
+            NonFiniteGradient: the norm is NaN or infinite and ``on_nonfinite`` is ``"raise"``.
+                Parameters, moments and schedule are as before, and the gradients are cleared.
+        """
+        options = self.config.optimizer
+        if self.optimizer is None or self.lr_scheduler is None or options is None:
+            msg = "this engine does not train: its configuration has optimizer=None"
+            raise EngineNotReady(msg)
+        norm = clip_grad_norm(
+            self.trainable_params(),
+            options.grad_clip,
+            norm_type=options.norm_type,
+            group=self.groups.world,
+        )
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm
+        self.optimizer.zero_grad(set_to_none=True)
+        if options.on_nonfinite == "raise":
+            msg = (
+                f"the gradient norm is {norm}; nothing was updated. Set "
+                "optimizer.on_nonfinite='skip' to drop such updates and go on"
+            )
+            raise NonFiniteGradient(msg)
+        self.skipped_updates += 1
+        _log.warning("update skipped: the gradient norm is %s", norm)
+        return norm
+
+    # -- inference ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        """Logits ``[B, S, V]`` of this rank's rows, without dropout or gradients.
+
+        Args:
+            batch: ``input_ids``, and ``attention_mask`` and ``positions`` where needed.
+            reference: the frozen base alone, with the adapter off (LoRA only).
+
+        Raises:
+            LoRANotEnabled: ``reference`` without LoRA.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._adapters_off() if reference else contextlib.nullcontext():
+                return self._logits(batch_rows(batch, self.device))
+        finally:
+            self.model.train(training)
+            self.reshard()
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        """Log-probability of each next token, fp32 ``[B, S - 1]``, at ``config.temperature``.
+
+        Args:
+            batch: as in :meth:`forward`.
+            reference: as in :meth:`forward`.
+        """
+        logits_BSV = self.forward(batch, reference=reference)[:, :-1].float()
+        targets_BS = batch["input_ids"][:, 1:].to(logits_BSV.device)
+        scaled = torch.log_softmax(logits_BSV / self.config.temperature, dim=-1)
+        return scaled.gather(-1, targets_BS.unsqueeze(-1)).squeeze(-1)
+
+    def reshard(self) -> None:
+        """Free gathered weights, so that ``parameters()`` are the shards again.
+
+        FSDP leaves the root's weights gathered after a forward without a backward, and a
+        checkpoint taken then would see plain tensors.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _logits(self, batch: Batch) -> Tensor:
+        options = {k: batch[k] for k in ("attention_mask", "positions") if k in batch}
+        logits: Tensor = self.model(batch["input_ids"], **options)
+        return logits
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        if self.lora_config is None:
+            from archon_lora.errors import LoRANotEnabled
+
+            msg = (
+                "reference=True needs LoRA, whose frozen base is the reference: set use_lora=true "
+                "(EngineConfig.lora), or keep a second engine with optimizer=None"
+            )
+            raise LoRANotEnabled(msg)
+        from archon_lora.adapter import adapters_disabled
+
+        with adapters_disabled(self.model):
+            yield
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def train_state(self, *, extra: dict[str, Any] | None = None, **parts: Any) -> TrainState:
+        """Everything that a resume needs, for :class:`ckpt.CheckpointManager`.
+
+        A restore into it also restores :meth:`get_version`.
+
+        Args:
+            extra: a dict to keep the shared values in from now on; by default ``self.extra``.
+            parts: passed on to :class:`ckpt.TrainState`, e.g. ``dataloader`` or ``per_rank``.
+        """
+        from ckpt import TrainState
+
+        if extra is not None:
+            extra.setdefault("policy_version", self.get_version())
+            self.extra = extra
+        self.reshard()
+        return TrainState(
+            model=self.model,
+            optimizer=parts.pop("optimizer", self.optimizer),
+            scheduler=parts.pop("scheduler", self.lr_scheduler),
+            extra=self.extra,
+            base=parts.pop("base", base_fingerprint(self.config.path, name=self.base_name)),
+            **parts,
+        )
+
+    @property
+    def base_name(self) -> str:
+        """What checkpoints and ``adapter_config.json`` call the base model."""
+        return self.config.base_name or self.config.path
+
+    def save(self, meta: SaveLoadMeta) -> None:
+        """Save as ``meta`` says; see :func:`archon_lora.engine.checkpoint.save`."""
+        from .checkpoint import save
+
+        self.reshard()
+        save(self, meta)
+
+    def load(self, meta: SaveLoadMeta) -> None:
+        """Load as ``meta`` says; see :func:`archon_lora.engine.checkpoint.load`."""
+        from .checkpoint import load
+
+        self.reshard()
+        load(self, meta)
+
+    def update_weights(self, version: int, *, normalise: bool = True) -> None:
+        """Hand the weights to every rollout target; see :mod:`archon_lora.engine.weights`.
+
+        Args:
+            version: the policy version they stand for; :meth:`get_version` gives it afterwards.
+            normalise: with LoRA, give the serving form (one rank, scale folded into B), which all
+                engines compute alike. False keeps the training form, bit for bit.
+        """
+        from .weights import update_weights
+
+        self.reshard()
+        update_weights(self, version, normalise=normalise)

@@ -1,0 +1,120 @@
+"""The engine's process groups, mesh and device."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Who the engine talks to.
+
+    Attributes:
+        world: the ranks that train together.
+        cpu_group: a gloo group over the same ranks, for checkpoints alone.
+        mesh: one dimension, over which parameters are sharded.
+        device: where this rank computes.
+        rank: in ``world``.
+        world_size: of ``world``.
+        owns_default: whether the default group was made here, so that it is ours to destroy.
+    """
+
+    world: dist.ProcessGroup
+    cpu_group: dist.ProcessGroup
+    mesh: DeviceMesh
+    device: torch.device
+    rank: int
+    world_size: int
+    owns_default: bool
+
+
+def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = None) -> Groups:
+    """Make what is missing of the process groups.
+
+    Without a default group, one is made: from a launcher's environment (``torchrun``) or, where
+    there is none, of this process alone. Every rank of the group must call.
+
+    Args:
+        config: device and deadlines.
+        process_group: ranks that train together; None is all of them.
+
+    Returns:
+        The groups; close them with :func:`close_groups`.
+
+    Raises:
+        RuntimeError: ``device="cuda"`` where there is no CUDA device.
+    """
+    device = _device(config)
+    owns_default = not dist.is_initialized()
+    if owns_default:
+        _open_default(device)
+    world = process_group if process_group is not None else dist.group.WORLD
+    if world is None:
+        msg = "this process has no default process group, although one is initialised"
+        raise RuntimeError(msg)
+    rank = dist.get_rank(world)
+    size = dist.get_world_size(world)
+    # Its own group, for its own traffic: the default one may be inside a training collective.
+    cpu_group = dist.new_group(
+        ranks=dist.get_process_group_ranks(world),
+        backend="gloo",
+        timeout=datetime.timedelta(seconds=config.barrier_group_timeout),
+        use_local_synchronization=process_group is not None,
+        group_desc="archon_lora_checkpoint",
+    )
+    if cpu_group is None or rank < 0:
+        msg = "this process is not a member of the process group it was given"
+        raise RuntimeError(msg)
+    if process_group is None:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp",))
+    else:
+        mesh = DeviceMesh.from_group(world, device.type, mesh_dim_names=("dp",))
+    return Groups(
+        world=world,
+        cpu_group=cpu_group,
+        mesh=mesh,
+        device=device,
+        rank=rank,
+        world_size=size,
+        owns_default=owns_default,
+    )
+
+
+def close_groups(groups: Groups) -> None:
+    """Destroy what :func:`open_groups` made; every rank must call."""
+    if not dist.is_initialized():
+        return
+    if groups.owns_default:
+        dist.destroy_process_group()
+    else:
+        dist.destroy_process_group(groups.cpu_group)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        msg = "device='cuda' was asked for, but torch sees no CUDA device; set device='cpu'"
+        raise RuntimeError(msg)
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _open_default(device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # Alone: a store in memory opens no socket.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in the stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
