@@ -1,35 +1,78 @@
-"""LoRA core for the Archon engine, and for any model made of ``nn.Linear``."""
+"""LoRA core for the Archon engine, and for any model made of ``nn.Linear``.
+
+Names are imported when they are first used, so that a program without LoRA imports none of its code
+with the package.
+"""
 
 from __future__ import annotations
 
-from .adapter import (
-    AdapterModule,
-    AppliedLoRA,
-    adapters_disabled,
-    disable_adapter,
-    enable_adapter,
-    get_adapter_params,
-    get_adapter_state_dict,
-    set_trainable_params,
-)
-from .apply import apply_lora, initialise_adapters
-from .config import LoRAConfig
-from .errors import (
-    AdapterMismatch,
-    AdapterNotFound,
-    ArchonLoraError,
-    LoRAConfigError,
-    LoRANotEnabled,
-    ModelLoadError,
-    NoAdapterError,
-    TargetError,
-    UnmappedName,
-)
-from .linear import LoRALinear
-from .merge import iter_merged_weights
-from .names import canonical_fqn
-from .parallel import adapter_shard_placement
-from .peft import load_adapter_tensors, peft_export
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import (
+        AdapterModule,
+        AppliedLoRA,
+        adapters_disabled,
+        disable_adapter,
+        enable_adapter,
+        get_adapter_params,
+        get_adapter_state_dict,
+        set_trainable_params,
+    )
+    from .apply import apply_lora, initialise_adapters
+    from .config import LoRAConfig
+    from .errors import (
+        AdapterMismatch,
+        AdapterNotFound,
+        ArchonLoraError,
+        EngineNotReady,
+        LoRAConfigError,
+        LoRANotEnabled,
+        ModelLoadError,
+        NoAdapterError,
+        NonFiniteGradient,
+        PeerFailed,
+        TargetError,
+        UnmappedName,
+    )
+    from .linear import LoRALinear
+    from .merge import iter_merged_weights
+    from .names import canonical_fqn
+    from .parallel import adapter_shard_placement
+    from .peft import load_adapter_tensors, peft_export
+
+_HOMES = {
+    "AdapterMismatch": "errors",
+    "AdapterModule": "adapter",
+    "AdapterNotFound": "errors",
+    "AppliedLoRA": "adapter",
+    "ArchonLoraError": "errors",
+    "EngineNotReady": "errors",
+    "LoRAConfig": "config",
+    "LoRAConfigError": "errors",
+    "LoRALinear": "linear",
+    "LoRANotEnabled": "errors",
+    "ModelLoadError": "errors",
+    "NoAdapterError": "errors",
+    "NonFiniteGradient": "errors",
+    "PeerFailed": "errors",
+    "TargetError": "errors",
+    "UnmappedName": "errors",
+    "adapter_shard_placement": "parallel",
+    "adapters_disabled": "adapter",
+    "apply_lora": "apply",
+    "canonical_fqn": "names",
+    "disable_adapter": "adapter",
+    "enable_adapter": "adapter",
+    "get_adapter_params": "adapter",
+    "get_adapter_state_dict": "adapter",
+    "initialise_adapters": "apply",
+    "iter_merged_weights": "merge",
+    "load_adapter_tensors": "peft",
+    "peft_export": "peft",
+    "set_trainable_params": "adapter",
+}
 
 __all__ = [
     "AdapterMismatch",
@@ -37,12 +80,15 @@ __all__ = [
     "AdapterNotFound",
     "AppliedLoRA",
     "ArchonLoraError",
+    "EngineNotReady",
     "LoRAConfig",
     "LoRAConfigError",
     "LoRALinear",
     "LoRANotEnabled",
     "ModelLoadError",
     "NoAdapterError",
+    "NonFiniteGradient",
+    "PeerFailed",
     "TargetError",
     "UnmappedName",
     "adapter_shard_placement",
@@ -59,3 +105,11 @@ __all__ = [
     "peft_export",
     "set_trainable_params",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(f".{home}", __name__), name)

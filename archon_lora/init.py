@@ -13,9 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from .errors import AdapterMismatch
 
 InitKind = Literal["kaiming", "gaussian", "zeros"]
 
@@ -52,56 +49,3 @@ def initial_value(seed: int, fqn: str, global_shape: Sequence[int], kind: str) -
         return (drawn / shape[-2]).float()
     msg = f"init must be 'kaiming', 'gaussian' or 'zeros', got {kind!r}"
     raise ValueError(msg)
-
-
-def local_slice(parameter: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part of a parameter lies in the global tensor.
-
-    Args:
-        parameter: a plain tensor (its part is all of it) or a DTensor.
-
-    Returns:
-        One slice a dimension; empty slices on a rank that holds nothing.
-
-    Raises:
-        AdapterMismatch: the local part is not one block of the global tensor.
-    """
-    if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in parameter.shape)
-    # The protocol by which torch's own checkpoints ask a tensor for its offsets. It needs no
-    # communication and knows every placement (strided and uneven ones too), which
-    # distribute_tensor() does not accept.
-    chunks = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    local = tuple(parameter.to_local().shape)
-    if len(chunks) != 1 or tuple(chunks[0].sizes) != local:
-        msg = (
-            f"a shard must be one block of the global tensor, got {len(chunks)} chunks for a "
-            f"local shape {local} under placements {parameter.placements}"
-        )
-        raise AdapterMismatch(msg)
-    sizes = zip(chunks[0].offsets, chunks[0].sizes, strict=True)
-    return tuple(slice(offset, offset + size) for offset, size in sizes)
-
-
-@torch.no_grad()
-def copy_global_(parameter: Tensor, value: Tensor) -> None:
-    """Copy this rank's slice of a global value into a parameter, casting to its dtype.
-
-    Args:
-        parameter: plain tensor or DTensor, of the value's global shape.
-        value: the whole tensor, on any device.
-
-    Raises:
-        AdapterMismatch: the shapes differ.
-    """
-    if tuple(parameter.shape) != tuple(value.shape):
-        msg = f"a parameter of shape {tuple(parameter.shape)} cannot take {tuple(value.shape)}"
-        raise AdapterMismatch(msg)
-    copy_local_(parameter, value[local_slice(parameter)])
-
-
-@torch.no_grad()
-def copy_local_(parameter: Tensor, part: Tensor) -> None:
-    """Copy values of this rank's slice into its local tensor, casting to its dtype."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(part)

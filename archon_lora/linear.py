@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .config import scaling as scaling_of
 from .errors import NoAdapterError, TargetError
-from .init import copy_global_, initial_value
+from .init import initial_value
 from .merge import merge_factors
+from .placement import copy_global_
 
 _HOOKS = (
     "_forward_hooks",

@@ -6,10 +6,9 @@ PEFT spells the factors ``lora_A`` and ``lora_B`` and prefixes module names with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,24 @@ from torch import Tensor, nn
 from .adapter import AppliedLoRA, applied_lora
 from .config import LoRAConfig
 from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, UnmappedName
-from .init import copy_local_, local_slice
 from .linear import LoRALinear
 from .names import canonical_modules
 from .peft_config import check_fields
+from .peft_keys import PEFT_PREFIX, Factor, parse_peft_key, peft_key
+from .placement import copy_local_, local_slice
 from .targets import target_names
 
-Factor = Literal["A", "B"]
+__all__ = [
+    "PEFT_PREFIX",
+    "Factor",
+    "TensorReader",
+    "adapter_values",
+    "load_adapter_tensors",
+    "parse_peft_key",
+    "peft_export",
+    "peft_key",
+]
 
-PEFT_PREFIX: Final = "base_model.model."
-_KEY: Final = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight")
 _RANK_DIM: Final[Mapping[Factor, int]] = {"A": 0, "B": 1}
 _FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
 _SHOWN: Final = 8
@@ -62,32 +69,6 @@ class _InMemory:
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
         return self.tensors[key][index]
-
-
-def peft_key(hf_module_name: str, factor: Factor) -> str:
-    """Key of a factor in ``adapter_model.safetensors``.
-
-    Args:
-        hf_module_name: HF name of the adapted module.
-        factor: ``"A"`` or ``"B"``.
-    """
-    return f"{PEFT_PREFIX}{hf_module_name}.lora_{factor}.weight"
-
-
-def parse_peft_key(key: str) -> tuple[str, Factor]:
-    """HF module name and factor of a key; the adapter name ``.default`` may be in it.
-
-    Raises:
-        UnmappedName: not the key of a linear layer's LoRA factor.
-    """
-    match = _KEY.fullmatch(key)
-    if match is None:
-        msg = (
-            f"{key!r} is not the key of a LoRA factor; keys read "
-            f"{PEFT_PREFIX}<module>.lora_A.weight or .lora_B.weight"
-        )
-        raise UnmappedName(msg)
-    return match[1], "A" if match[2] == "A" else "B"
 
 
 def peft_export(
@@ -159,8 +140,9 @@ def load_adapter_tensors(
     an adapter trained with another alpha. A file of a higher rank is taken if the surplus is zero
     padding.
 
-    Works on parameters of any placement without communication: each rank copies its slice. Ranks
-    that read only slices check only those, so the caller must let them agree on the outcome.
+    Works on parameters of any placement without communication: each rank copies its slice. Each
+    rank checks only the values of its slice, so over several ranks take :func:`adapter_values`,
+    let the ranks agree that all of them succeeded, and then write.
 
     Args:
         model: a model on which ``apply_lora()`` was called.
@@ -173,18 +155,41 @@ def load_adapter_tensors(
         AdapterMismatch: keys missing or unexpected, wrong shapes, a rank other than the config
             says, or values that are not finite.
     """
+    for parameter, part in adapter_values(model, tensors, peft_config):
+        copy_local_(parameter, part)
+
+
+def adapter_values(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | TensorReader,
+    peft_config: Mapping[str, Any],
+) -> list[tuple[Tensor, Tensor]]:
+    """The first half of :func:`load_adapter_tensors`: check and convert, change nothing.
+
+    Args:
+        model: as there.
+        tensors: as there.
+        peft_config: as there.
+
+    Returns:
+        Each adapter parameter with this rank's part of its new value, for
+        :func:`archon_lora.placement.copy_local_`.
+
+    Raises:
+        LoRANotEnabled: as there, like the two below.
+        LoRAConfigError: options or values that cannot be.
+        AdapterMismatch: the adapter does not fit.
+    """
     layers = _layers(model, applied_lora(model))
     written = _written_config(peft_config)
     reader = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
     keys = _match_keys(reader, layers)
     _check_shapes(reader, keys, layers, written)
-    plan = [
+    return [
         (_parameter(layer, factor), _value(reader, keys[hf, factor], layer, hf, factor, written))
         for hf, layer in layers.items()
         for factor in _FACTORS
     ]
-    for parameter, part in plan:
-        copy_local_(parameter, part)
 
 
 def _layers(model: nn.Module, record: AppliedLoRA) -> dict[str, LoRALinear]:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import re
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from archon_lora.config import LoRAConfig
 from archon_lora.errors import AdapterMismatch, ModelLoadError, TargetError, UnmappedName
 from archon_lora.names import canonical_fqn
-from archon_lora.peft import PEFT_PREFIX, parse_peft_key, peft_key
-from archon_lora.targets import match_targets, target_names
+from archon_lora.peft_keys import PEFT_PREFIX, parse_peft_key, peft_key
+
+if TYPE_CHECKING:
+    from archon_lora.config import LoRAConfig
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -99,6 +100,9 @@ class BaseStateDictAdapter(ABC):
         Raises:
             TargetError: a target, exclusion or pattern that is for no module of this model.
         """
+        # Here and not above: a model without LoRA imports none of its code.
+        from archon_lora.targets import match_targets, target_names
+
         linear = self._written_out(self.to_peft_module_map())
         names = list(self._written_out(self._module_map).values())
         heads = {linear[self.output_module]} if self.output_module in linear else set()

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from archon_lora.adapter import get_adapter_params
 from archon_lora.errors import ModelLoadError, UnmappedName
-from archon_lora.init import copy_local_, local_slice
 from archon_lora.names import canonical_fqn
+from archon_lora.placement import copy_local_, local_slice
 
 from .base import BaseStateDictAdapter
 from .hf_files import HFWeights, read_config
@@ -150,7 +149,12 @@ def base_fingerprint(directory: str | Path, *, name: str | None = None) -> dict[
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the base model by canonical name."""
-    adapter_names = set(get_adapter_params(model))
+    adapter_names: set[str] = set()
+    if any(hasattr(module, "adapter_params") for module in model.modules()):
+        # Here and not above: a model without LoRA imports none of its code.
+        from archon_lora.adapter import get_adapter_params
+
+        adapter_names = set(get_adapter_params(model))
     tensors = {canonical_fqn(name): tensor for name, tensor in model.state_dict().items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in adapter_names}
     on_meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)

@@ -6,9 +6,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from archon_lora.adapter import get_adapter_params
-from archon_lora.parallel import adapter_shard_placement
-
 from .model import Qwen2Model, TransformerBlock
 
 
@@ -50,7 +47,10 @@ def parallelize(
             block.compile(backend=compile_backend)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     place = None
-    if get_adapter_params(model):
+    if any(hasattr(module, "adapter_params") for module in model.modules()):
+        # Here and not above: a model without LoRA imports none of its code.
+        from archon_lora.parallel import adapter_shard_placement
+
         place = adapter_shard_placement(model, shards=mesh.size(mesh.ndim - 1))
     for block in blocks:
         fully_shard(
