@@ -1,0 +1,185 @@
+"""PEFT keys and configurations: the grammar, and what an export must satisfy.
+
+Pure: no file is read or written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from .errors import ConfigError
+from .types import AdapterExport, TensorRule
+
+EXPORT_DTYPES: Final[Mapping[str, tuple[torch.dtype, str]]] = {
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float16": (torch.float16, "F16"),
+    "float32": (torch.float32, "F32"),
+}
+"""Dtypes an adapter may be written in: our name to (torch dtype, safetensors code)."""
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Take a PEFT key apart.
+
+    Args:
+        key: ``base_model.model.<module>.lora_A.weight`` or ``….lora_B.weight``.
+
+    Returns:
+        The module's name and ``"A"`` or ``"B"``.
+
+    Raises:
+        ConfigError: any other key; engines ignore or refuse those.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        msg = (
+            f"PEFT key {key!r} is not of the form "
+            "'base_model.model.<module>.lora_A.weight' (or lora_B)"
+        )
+        raise ConfigError(msg)
+    return match["module"], match["side"]
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank that a configuration gives a module.
+
+    The first ``rank_pattern`` entry that matches wins: PEFT tries each as the whole name or as a
+    dotted suffix of it, and takes ``r`` when none does.
+    """
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return int(rank)
+    return int(config["r"])
+
+
+def check_export(export: AdapterExport) -> None:
+    """Refuse an export that some loader would refuse, or worse, take in part.
+
+    Args:
+        export: PEFT configuration and rules, as a manifest carries them.
+
+    Raises:
+        ConfigError: names the field or key, what it holds and what is wanted.
+    """
+    if not export.rules:
+        raise ConfigError("the adapter export has no rules, so it would write an empty adapter")
+    _check_config(export.peft_config)
+    sides: dict[str, dict[str, TensorRule]] = {}
+    for rule in export.rules:
+        module, side = split_key(rule.key)
+        pair = sides.setdefault(module, {})
+        if side in pair:
+            raise ConfigError(f"two export rules make the same PEFT key {rule.key!r}")
+        pair[side] = rule
+        _check_rule(rule)
+    for module, pair in sides.items():
+        if len(pair) != 2:
+            (have,) = pair
+            want = "B" if have == "A" else "A"
+            msg = f"module {module!r} has lora_{have} but no lora_{want}; export both"
+            raise ConfigError(msg)
+    _check_targets(export.peft_config, sorted(sides))
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise ConfigError(f"peft_config.peft_type must be 'LORA', got {peft_type!r}")
+    ranks = {"r": config.get("r"), **_patterns(config, "rank_pattern")}
+    for where, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ConfigError(f"peft_config.{where} must be an integer >= 1, got {rank!r}")
+    alphas = {"lora_alpha": config.get("lora_alpha"), **_patterns(config, "alpha_pattern")}
+    for where, alpha in alphas.items():
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not math.isfinite(alpha) or alpha <= 0:
+            raise ConfigError(f"peft_config.{where} must be a finite number > 0, got {alpha!r}")
+    if config.get("use_dora"):
+        raise ConfigError("peft_config.use_dora is set; only plain LoRA (A and B) is exported")
+    if config.get("lora_bias") or config.get("bias", "none") != "none":
+        raise ConfigError("peft_config asks for biases; only A and B weights are exported")
+    if config.get("modules_to_save"):
+        modules = list(config["modules_to_save"])
+        msg = f"peft_config.modules_to_save={modules} cannot be exported: engines drop or refuse it"
+        raise ConfigError(msg)
+
+
+def _patterns(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"peft_config.{field} must map patterns to numbers, got {patterns!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            msg = f"peft_config.{field} has {pattern!r}, which is no regular expression: {error}"
+            raise ConfigError(msg) from error
+    return {f"{field}[{pattern!r}]": value for pattern, value in patterns.items()}
+
+
+def _check_rule(rule: TensorRule) -> None:
+    if not math.isfinite(rule.scale) or rule.scale == 0:
+        msg = f"the rule for {rule.key!r} has scale {rule.scale!r}; want a finite number, not 0"
+        raise ConfigError(msg)
+    if (rule.pad_dim is None) != (rule.pad_to is None):
+        msg = f"the rule for {rule.key!r} must set pad_dim and pad_to together, or neither"
+        raise ConfigError(msg)
+
+
+def _check_targets(config: Mapping[str, Any], modules: Sequence[str]) -> None:
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets:
+        if targets == "all-linear":
+            return
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            msg = f"peft_config.target_modules {targets!r} is no regular expression: {error}"
+            raise ConfigError(msg) from error
+        lost = [name for name in modules if pattern.fullmatch(name) is None]
+    elif isinstance(targets, Sequence | set | frozenset) and targets:
+        lost = [
+            name
+            for name in modules
+            if not any(name == target or name.endswith(f".{target}") for target in targets)
+        ]
+    else:
+        msg = f"peft_config.target_modules must be a non-empty list or a string, got {targets!r}"
+        raise ConfigError(msg)
+    if lost:
+        msg = (
+            f"peft_config.target_modules {targets!r} does not cover {lost[0]!r}"
+            f" ({len(lost)} module(s) in all): PEFT would load the adapter without it"
+        )
+        raise ConfigError(msg)
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """``adapter_config.json`` with every order fixed: equal configurations give equal bytes.
+
+    Args:
+        config: the PEFT configuration; sets of names are written as sorted lists.
+
+    Raises:
+        ConfigError: a value that JSON cannot hold.
+    """
+    plain = {
+        key: sorted(value) if isinstance(value, set | frozenset) else value
+        for key, value in config.items()
+    }
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(plain.get(key), list | tuple):
+            plain[key] = sorted(plain[key])
+    try:
+        text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the PEFT configuration is not JSON: {error}") from error
+    return text.encode() + b"\n"
