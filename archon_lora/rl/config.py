@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.decode import decode_section
@@ -62,21 +62,19 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The frozen base: a HuggingFace directory with ``tokenizer.json``, and its dtype."""
+    """The frozen base.
+
+    Attributes:
+        path: a HuggingFace model directory with ``tokenizer.json``.
+        name: what published adapters call the base; empty for the path as given.
+        dtype: of the base's weights, ``float32`` or ``bfloat16``; adapters stay fp32.
+        device: ``cpu``, ``cuda``, or ``auto`` (CUDA where there is a device).
+    """
 
     path: str
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        """Check the dtype's name (:class:`TrainConfigError`)."""
-        names = ("float32", "bfloat16")
-        _need(
-            "model",
-            key="dtype",
-            value=self.dtype,
-            ok=self.dtype in names,
-            wanted="one of float32, bfloat16",
-        )
+    name: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,19 @@ class LoRASection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """AdamW over the adapter, and the learning rate's course."""
+    """AdamW over the adapter, and the learning rate's course.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        grad_clip: largest gradient norm.
+        warmup_steps: steps over which the rate rises linearly.
+        schedule: afterwards ``constant``, or a ``linear`` or ``cosine`` decay to 0 at
+            ``run.steps``.
+        micro_batches: parts that a rank's rows are split into, to save memory.
+    """
 
     lr: float = 2e-2
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -101,7 +111,8 @@ class OptimizerSection:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     warmup_steps: int = 3
-    schedule: str = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         """Check ranges (:class:`TrainConfigError`)."""
@@ -134,13 +145,13 @@ class TaskSection:
         digits: digits of each summand (``addition`` only).
     """
 
-    name: str = "kinds"
+    name: Literal["kinds", "addition"] = "kinds"
     kinds: tuple[str, ...] = ("digits", "lower")
     length: int = 12
     digits: int = 1
 
     def __post_init__(self) -> None:
-        """Check ranges (:class:`TrainConfigError`); names are checked by the task itself."""
+        """Check ranges (:class:`TrainConfigError`); kinds are checked by the task itself."""
         _positive("task", self, "length", "digits")
 
 
@@ -232,6 +243,8 @@ class CheckpointSection:
         keep_latest: newest steps kept.
         keep_every: steps whose number is a multiple of this are kept too; 0 keeps no such steps.
         keep_versions: newest versions kept; 0 keeps all.
+        storage_options: passed to fsspec, a table of its own; credentials are better left to
+            the environment.
         vote_timeout_s: deadline in seconds for the ranks' agreement on a commit.
         fresh: start over although the root holds steps.
     """
@@ -239,10 +252,11 @@ class CheckpointSection:
     root: str
     save_every: int = 1
     publish_every: int = 10
-    publish_dtype: str = "bfloat16"
+    publish_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     keep_latest: int = 3
     keep_every: int = 0
     keep_versions: int = 0
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
     vote_timeout_s: float = 60.0
     fresh: bool = False
 

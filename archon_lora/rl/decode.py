@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from archon_lora.errors import TrainConfigError
@@ -17,7 +18,8 @@ def decode_section(kind: type[S], data: object, where: str) -> S:
     """Build ``kind`` from a TOML table.
 
     Args:
-        kind: a dataclass whose fields are bool, int, float, str, tuples of those, or unions.
+        kind: a dataclass whose fields are bool, int, float, str, tuples of those, literals,
+            mappings, or unions.
         data: the table.
         where: the section's name, for messages.
 
@@ -57,6 +59,12 @@ def _decode(hint: Any, value: object, where: str) -> Any:
                 return _decode(option, value, where)
             except TrainConfigError:
                 continue
+    elif origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif origin is Mapping:
+        if isinstance(value, dict):
+            return value
     elif origin is tuple:
         if isinstance(value, list):
             item = typing.get_args(hint)[0]
@@ -74,6 +82,10 @@ def _describe(hint: Any) -> str:
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     if typing.get_origin(hint) is tuple:
         return f"a list (each item {_describe(typing.get_args(hint)[0])})"
+    if typing.get_origin(hint) is Mapping:
+        return "a table"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     return names.get(hint, str(hint))

@@ -88,11 +88,15 @@ def grpo_terms(
         clip: half-width of the interval around 1.
         kl_coef: weight of the KL estimate.
     """
-    # Masked positions may hold anything; zero log-ratios keep inf and NaN out of the sums.
-    ratio = torch.where(mask, logprobs - behaviour, 0.0).exp()
+    # Masked positions may hold anything. They are replaced before any arithmetic: a mask put on
+    # a result still lets 0 * inf = NaN into the gradient.
+    logprobs, behaviour, reference = (
+        torch.where(mask, t, 0.0) for t in (logprobs, behaviour, reference)
+    )
+    ratio = (logprobs - behaviour).exp()
     bounded = ratio.clamp(1.0 - clip, 1.0 + clip)
     gain = torch.minimum(ratio * advantages.unsqueeze(1), bounded * advantages.unsqueeze(1))
-    kl = torch.where(mask, kl_k3(logprobs, reference), 0.0)
+    kl = kl_k3(logprobs, reference)
     policy = torch.where(mask, -gain, 0.0)
     outside = ((ratio - 1.0).abs() > clip) & mask
     return LossTerms(

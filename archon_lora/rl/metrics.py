@@ -52,19 +52,27 @@ def _end_torn_line(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Step → record of a metrics file, the last line of a step winning.
+    """Step to record of a metrics file, the last line of a step winning."""
+    steps = {r["step"]: r for r in read_records(path) if isinstance(r.get("step"), int)}
+    return dict(sorted(steps.items()))
 
-    Lines that a kill tore are passed over; they are no step.
-    """
-    steps: dict[int, dict[str, Any]] = {}
+
+def read_events(path: Path, event: str) -> list[dict[str, Any]]:
+    """Every record of one kind of event (``start``, ``end``), in order."""
+    return [record for record in read_records(path) if record.get("event") == event]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; lines that a kill tore hold nothing and are left out."""
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            steps[record["step"]] = record
-    return dict(sorted(steps.items()))
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 class ProgressDisplay:

@@ -27,23 +27,33 @@ class Child:
     Use it as a context manager: leaving the block ends the child and all that it started.
     """
 
-    def __init__(self, command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str],
+        stdout: Path | None = None,
+    ) -> None:
         """Start the child.
 
         Args:
             command: the program and its arguments; no shell takes part.
-            log: file that takes stdout and stderr.
+            log: file that takes stderr, and stdout too unless that has a file of its own.
             env: the whole environment.
+            stdout: file that takes stdout.
         """
         self.log = log
         self._name = log.stem
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        with contextlib.ExitStack() as stack:
+            errors = stack.enter_context(log.open("wb"))
+            out = errors if stdout is None else stack.enter_context(stdout.open("wb"))
             self._process = subprocess.Popen(  # noqa: S603 - our own argument list, no shell
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
-                stderr=subprocess.STDOUT,
+                stderr=errors,
                 env=dict(env),
                 start_new_session=True,
             )
@@ -149,14 +159,15 @@ def descendants(pid: int) -> list[int]:
 
 
 def run_child(command: Sequence[str], *, log: Path, env: Mapping[str, str], timeout: float) -> str:
-    """Run a child to its end and return its output.
+    """Run a child to its end and return what it wrote to stdout.
 
     Raises:
         ChildFailed: it did not succeed in time.
     """
-    with Child(command, log=log, env=env) as child:
+    answer = log.with_suffix(".out")
+    with Child(command, log=log, env=env, stdout=answer) as child:
         child.succeed(timeout)
-    return log.read_text(encoding="utf-8")
+    return answer.read_text(encoding="utf-8")
 
 
 def torchrun(world: int, module_args: Sequence[str]) -> list[str]:

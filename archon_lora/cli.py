@@ -1,0 +1,128 @@
+"""``archon-lora``: train, make a tiny model, run the demonstration.
+
+Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting or argument.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from archon_lora.errors import (
+    ArchonLoraError,
+    LoRAConfigError,
+    ModelLoadError,
+    TargetError,
+    TrainConfigError,
+)
+from ckpt.errors import CkptError, ConfigError, UnrestoredRoot
+
+USAGE = 2
+FAILED = 1
+
+_SETTINGS_ERRORS = (
+    TrainConfigError,
+    LoRAConfigError,
+    TargetError,
+    ModelLoadError,
+    ConfigError,
+    UnrestoredRoot,
+)
+"""What the user's own settings cause: reported in one line, with status 2."""
+
+app = typer.Typer(
+    name="archon-lora",
+    help="LoRA reinforcement learning with resumable, sharded checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; see docs/main-job.md.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting."),
+    ] = None,
+) -> None:
+    """Train an adapter, going on from the newest checkpoint if there is one.
+
+    Runs on one rank by itself, and on any number of ranks under
+    ``torchrun --nproc-per-node N -m archon_lora.cli train CONFIG``.
+    """
+    from archon_lora.rl.config import load_config
+    from archon_lora.rl.loop import run_training
+
+    run_training(load_config(config, overrides or ()))
+
+
+@app.command("make-tiny")
+def make_tiny(
+    directory: Annotated[Path, typer.Argument(help="Directory to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 64,
+    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 2,
+    std: Annotated[
+        float,
+        typer.Option(help="Standard deviation of the weights; 0.1 lets an adapter move them."),
+    ] = 0.1,
+) -> None:
+    """Write a tiny random Qwen2 model in HuggingFace's format, with a tokenizer."""
+    from archon_lora.models.tiny import write_tiny_qwen2
+
+    write_tiny_qwen2(directory, seed=seed, hidden=hidden, layers=layers, std=std)
+    typer.echo(f"wrote a tiny Qwen2 model to {directory}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for models, logs and results.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Train, kill, resume, reshard, export and check every step of it, on an embedded S3."""
+    from archon_lora.rl.demo.run import DemoSettings, run_demo
+
+    report = run_demo(out, DemoSettings(), console=Console())
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Run the command line; turns errors into one line and an exit status."""
+    try:
+        app()
+    except _SETTINGS_ERRORS as err:
+        _fail(err, USAGE)
+    except (ArchonLoraError, CkptError) as err:
+        _fail(err, FAILED)
+    except Exception as err:  # noqa: BLE001 - the last resort: everything is shown, nothing hidden
+        traceback.print_exc()
+        _fail(err, FAILED)
+
+
+def _fail(error: Exception, status: int) -> None:
+    """Say what failed and end the process at once.
+
+    A plain exit would first join every thread, and one of them may be waiting for a rank that
+    has died: the others must not outlive it by a deadline of minutes.
+    """
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f" [rank {rank}]"
+    text = str(error) or type(error).__name__
+    sys.stdout.flush()
+    sys.stderr.write(f"archon-lora{where}: {text}\n")
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

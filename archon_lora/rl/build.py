@@ -1,0 +1,171 @@
+"""From settings to the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from archon_lora.apply import apply_lora
+from archon_lora.config import LoRAConfig
+from archon_lora.engine import ArchonEngine, EngineConfig, OptimizerConfig
+from archon_lora.engine.build import DTYPES
+from archon_lora.errors import ModelLoadError, TrainConfigError
+from archon_lora.models import load_pretrained
+from archon_lora.models.hf_files import read_config
+from archon_lora.rl.config import TrainConfig
+from archon_lora.rl.rollout import SampleMaker, share
+from archon_lora.rl.sampling import LocalPolicy
+from archon_lora.rl.task import make_task
+from ckpt import CheckpointManager, Retention
+
+TOKENIZER = "tokenizer.json"
+
+
+def check_model_directory(path: Path) -> None:
+    """Say early, in one line, what a model directory lacks.
+
+    Raises:
+        ModelLoadError: no such directory, or no tokenizer in it.
+    """
+    if not path.is_dir():
+        msg = (
+            f"model.path is {path}, which is no directory; give a HuggingFace model directory, or "
+            f"make a tiny one: archon-lora make-tiny {path}"
+        )
+        raise ModelLoadError(msg)
+    if not (path / TOKENIZER).is_file():
+        msg = (
+            f"{path} has no {TOKENIZER}; save the tokenizer there, e.g. with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+        raise ModelLoadError(msg)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json``.
+
+    Raises:
+        ModelLoadError: the file is not one.
+    """
+    try:
+        return Tokenizer.from_file(str(path / TOKENIZER))
+    except Exception as err:  # the library raises Exception itself for a bad file
+        msg = f"{path / TOKENIZER} cannot be read as a tokenizer: {err}"
+        raise ModelLoadError(msg) from err
+
+
+def stop_ids(config: Mapping[str, Any]) -> list[int]:
+    """``eos_token_id`` of a ``config.json``: none, one, or several."""
+    value = config.get("eos_token_id")
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+def lora_config(config: TrainConfig) -> LoRAConfig:
+    """The adapter's settings.
+
+    Raises:
+        LoRAConfigError: a value that cannot work.
+    """
+    section = config.lora
+    return LoRAConfig(
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        use_rslora=section.use_rslora,
+        seed=config.run.seed,
+    )
+
+
+def build_engine(config: TrainConfig) -> ArchonEngine:
+    """An engine, not yet initialised.
+
+    Raises:
+        TrainConfigError: optimizer or engine settings that cannot work.
+        LoRAConfigError: adapter settings that cannot work.
+    """
+    section = config.optimizer
+    lora = lora_config(config)
+    try:
+        return ArchonEngine(
+            EngineConfig(
+                path=config.model.path,
+                base_name=config.model.name or config.model.path,
+                dtype=config.model.dtype,
+                device=config.model.device,
+                lora=lora,
+                optimizer=OptimizerConfig(
+                    lr=section.lr,
+                    betas=(section.betas[0], section.betas[1]),
+                    eps=section.eps,
+                    weight_decay=section.weight_decay,
+                    grad_clip=section.grad_clip,
+                    schedule=section.schedule,
+                    warmup_steps=section.warmup_steps,
+                    total_steps=config.run.steps if section.schedule != "constant" else None,
+                ),
+                micro_batches=config.optimizer.micro_batches,
+                seed=config.run.seed,
+                temperature=config.rollout.temperature,
+                barrier_timeout=config.run.timeout_s,
+            )
+        )
+    except ValueError as err:
+        msg = f"[model] or [optimizer]: {err}"
+        raise TrainConfigError(msg) from err
+
+
+def build_maker(config: TrainConfig, engine: ArchonEngine) -> SampleMaker:
+    """This rank's sampler, with a model copy of its own beside the trainer's shards.
+
+    Raises:
+        ModelLoadError: the model or its tokenizer cannot be read.
+        TrainConfigError: an unknown kind of task.
+    """
+    path = Path(config.model.path)
+    model, names = load_pretrained(path, dtype=DTYPES[config.model.dtype], device=engine.device)
+    apply_lora(model, lora_config(config), name_map=names.module_to_hf)
+    policy = LocalPolicy(
+        model,
+        stop_ids=stop_ids(read_config(path)),
+        temperature=config.rollout.temperature,
+        max_new=config.rollout.max_new_tokens,
+    )
+    return SampleMaker(
+        policy=policy,
+        tokenizer=load_tokenizer(path),
+        task=make_task(config.task, seed=config.run.seed),
+        section=config.rollout,
+        seed=config.run.seed,
+        indices=share(config.rollout.samples, engine.rank, engine.world_size),
+    )
+
+
+def build_manager(config: TrainConfig) -> CheckpointManager:
+    """The run's checkpoint manager.
+
+    Raises:
+        ConfigError: a root or a setting that cannot work.
+    """
+    section = config.checkpoint
+    return CheckpointManager(
+        section.root,
+        retention=Retention(
+            latest=section.keep_latest,
+            every=section.keep_every or None,
+            versions=section.keep_versions or None,
+        ),
+        storage_options=dict(section.storage_options) or None,
+        process_group=dist.group.WORLD,
+        run_name=config.run.name,
+        fresh=section.fresh,
+        publish_dtype=section.publish_dtype,
+        vote_timeout=section.vote_timeout_s,
+    )

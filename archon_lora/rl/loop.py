@@ -1,0 +1,288 @@
+"""The training loop: generate ahead, train, save, publish.
+
+One step ``t`` goes like this on every rank: the batch for ``t + max_staleness`` begins in the
+rollout thread with the adapter as it is (version ``t``); the batch for ``t``, complete since the
+last step, is trained on; what is in flight is collected; the step is saved. The loop alone uses
+collectives, and only on the main thread.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from archon_lora.adapter import get_adapter_state_dict
+from archon_lora.engine import ArchonEngine
+from archon_lora.engine.agree import gather_json
+from archon_lora.errors import TrainConfigError
+from archon_lora.rl.build import (
+    build_engine,
+    build_maker,
+    build_manager,
+    check_model_directory,
+)
+from archon_lora.rl.config import TrainConfig
+from archon_lora.rl.metrics import MetricsWriter, ProgressDisplay
+from archon_lora.rl.rollout import (
+    Batch,
+    PromptStream,
+    RolloutQueue,
+    merge,
+    pack,
+    unpack,
+)
+from archon_lora.rl.trainer import train_on
+from ckpt import CheckpointManager, SaveHandle, TrainState
+
+_log = logging.getLogger(__name__)
+
+
+def run_training(config: TrainConfig) -> None:
+    """Train up to ``config.run.steps``, from the newest checkpoint or from the start.
+
+    Takes part in the process group of a launcher (``torchrun``), or makes one of its own.
+
+    Raises:
+        TrainConfigError: a setting that cannot work, or one that may not change on a resume.
+        ArchonLoraError: what the model directory or the adapter's settings cause.
+        CkptError: what the checkpoints cause.
+        RuntimeError: a rank died or was too late.
+    """
+    torch.set_num_threads(config.run.threads)
+    check_model_directory(Path(config.model.path))
+    with ExitStack() as stack:
+        stack.enter_context(process_group(config.run.timeout_s))
+        world = dist.get_world_size()
+        if world > config.rollout.samples:
+            msg = (
+                f"{world} ranks cannot share {config.rollout.samples} samples a step; raise "
+                "rollout.prompts_per_step or rollout.group_size, or start fewer ranks"
+            )
+            raise TrainConfigError(msg)
+        engine = build_engine(config)
+        engine.initialize()
+        stack.callback(engine.close)
+        run = Run(config, engine, build_manager(config))
+        stack.callback(run.queue.close)
+        run.restore()
+        run.train()
+
+
+@contextmanager
+def process_group(timeout_s: float) -> Iterator[None]:
+    """The default group with a deadline, so that a dead peer ends this rank too."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.initprocess_group(backend, timeout=timeout)
+    else:
+        # Alone: a store in memory opens no socket.
+        dist.initprocess_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    yield
+    # Not in a finally: after a failure the peers may be gone, and this would wait for them.
+    dist.destroyprocess_group()
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the run stands; goes into every checkpoint as ``extra``.
+
+    Attributes:
+        extra: the dict that the checkpoint holds.
+        ready: whole batches by step: sampled, not yet trained on.
+    """
+
+    extra: dict[str, Any]
+    ready: dict[int, Batch] = field(default_factory=dict)
+
+    def store(self, version: int) -> None:
+        """Write the state of this moment into ``extra``."""
+        self.extra["policy_version"] = version
+        self.extra["rollouts"] = [pack(self.ready[step]) for step in sorted(self.ready)]
+
+    def load(self) -> int:
+        """Take over what a restore put into ``extra``; returns the policy version."""
+        batches = [unpack(packed) for packed in self.extra["rollouts"]]
+        self.ready = {batch.step: batch for batch in batches}
+        return int(self.extra["policy_version"])
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(
+        self, config: TrainConfig, engine: ArchonEngine, manager: CheckpointManager
+    ) -> None:
+        """Put the parts together; nothing is generated or restored yet."""
+        self.config = config
+        self.engine = engine
+        self.manager = manager
+        self.prompts = PromptStream()
+        self.settings = config.resume_key()
+        self.progress = Progress({"rollouts": [], "settings": self.settings})
+        self.state: TrainState = engine.train_state(
+            extra=self.progress.extra, dataloader=self.prompts
+        )
+        # Its own group: shares are exchanged while checkpoints are agreed upon elsewhere.
+        timeout = datetime.timedelta(seconds=config.run.timeout_s)
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.queue = RolloutQueue(
+            build_maker(config, engine).make,
+            max_staleness=config.rollout.max_staleness,
+            timeout=config.run.timeout_s,
+        )
+        self.version = 0
+        self.restored: int | None = None
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Go on from the newest committed step, if there is one.
+
+        Raises:
+            TrainConfigError: a setting differs that the data already sampled depends on.
+        """
+        if self.config.checkpoint.fresh:
+            return
+        self.restored = self.manager.restore(self.state)
+        if self.restored is None:
+            return
+        saved = self.progress.extra["settings"]
+        for name, value in self.settings.items():
+            if saved[name] != value:
+                msg = (
+                    f"[{name}] differs from the checkpoint's: saved {saved[name]!r}, now "
+                    f"{value!r}; put it back, or start over with checkpoint.fresh=true and "
+                    "another root"
+                )
+                raise TrainConfigError(msg)
+        self.version = self.progress.load()
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run every step that is left, then wait for the last commit."""
+        start = 0 if self.restored is None else self.restored + 1
+        total = self.config.run.steps
+        first = self.engine.rank == 0
+        writer = MetricsWriter(Path(self.config.run.metrics)) if first else None
+        start_record = self._start_record(start)
+        with ProgressDisplay(total=total, start=start, enabled=first) as display:
+            if writer is not None:
+                writer.write(start_record)
+                display.say(_describe_start(start_record, self.config.checkpoint.root))
+            for step in range(start, total):
+                record = self.step(step)
+                if writer is not None:
+                    writer.write(record)
+                    display.step(record)
+            self.manager.close()
+            if writer is not None:
+                writer.write({"event": "end", "version": self.version})
+                writer.close()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Generate ahead, train, save; returns the metrics."""
+        began = time.perf_counter()
+        self._launch_up_to(step + self.config.rollout.max_staleness)
+        waited = self._collect(upto=step)
+        batch = self.progress.ready.pop(step)
+        result = train_on(self.engine, batch, self.config, group=self.group)
+        staleness = self.version - batch.version
+        self.version += 1
+        # What is in flight belongs to the state that is saved.
+        waited += self._collect(upto=step + self.config.rollout.max_staleness)
+        self.progress.store(self.version)
+        stall_ms, publish = self._save(step)
+        return {
+            "step": step,
+            "reward": result.reward,
+            "loss": result.loss,
+            "kl": result.kl,
+            "clip_fraction": result.clip_fraction,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "policy_version": self.version,
+            "staleness": staleness,
+            "generate_ms": batch.generate_ms,
+            "wait_ms": waited,
+            "stall_ms": stall_ms,
+            "published": publish,
+            "step_ms": (time.perf_counter() - began) * 1e3,
+            "world": self.engine.world_size,
+        }
+
+    def _launch_up_to(self, last: int) -> None:
+        """Begin every batch up to ``last`` that is neither here nor under way.
+
+        On the first step that is ``max_staleness + 1`` batches, all of version 0; later it is
+        one a step.
+        """
+        known = [*self.progress.ready, *self.queue.pending()]
+        first = max(known, default=self.version - 1) + 1
+        if first > last:
+            return
+        adapter = get_adapter_state_dict(self.engine.model, full=True)
+        for step in range(first, last + 1):
+            position = self.prompts.draw(self.config.rollout.prompts_per_step)
+            self.queue.launch(step, self.version, position, adapter)
+
+    def _collect(self, *, upto: int) -> float:
+        """Exchange shares until all batches up to ``upto`` are whole; milliseconds waited."""
+        began = time.perf_counter()
+        for step in self.queue.pending():
+            if step > upto:
+                break
+            mine = pack(self.queue.take(step))
+            shares = gather_json(self.group, mine, timeout=self.config.run.timeout_s)
+            self.progress.ready[step] = merge([unpack(part) for part in shares])
+        return (time.perf_counter() - began) * 1e3
+
+    def _save(self, step: int) -> tuple[float, bool]:
+        """Save where the cadence says so; milliseconds of stall, and whether it publishes."""
+        section = self.config.checkpoint
+        done = step + 1
+        last = done == self.config.run.steps
+        if done % section.save_every and not last:
+            return 0.0, False
+        publish = bool(section.publish_every) and (done % section.publish_every == 0 or last)
+        began = time.perf_counter()
+        handle: SaveHandle = self.manager.save(step, self.state, publish=publish)
+        del handle  # close() and the next save() raise what failed in the background
+        return (time.perf_counter() - began) * 1e3, publish
+
+    def _start_record(self, start: int) -> dict[str, Any]:
+        """Who runs, and from where; collective."""
+        pids = gather_json(self.group, os.getpid(), timeout=self.config.run.timeout_s)
+        return {
+            "event": "start",
+            "step_from": start,
+            "restored": self.restored,
+            "world": self.engine.world_size,
+            "pids": pids,
+            "in_flight": sorted(self.progress.ready),
+            "version": self.version,
+        }
+
+
+def _describe_start(record: Mapping[str, Any], root: str) -> str:
+    ranks = f"{record['world']} rank{'s' if record['world'] > 1 else ''}"
+    if record["restored"] is None:
+        return f"starting on {ranks}; checkpoints go to {root}"
+    return (
+        f"resuming on {ranks} after step {record['restored']} of {root}, policy version "
+        f"{record['version']}, batches in flight: {record['in_flight']}"
+    )
