@@ -1,1 +1,65 @@
-"""A distributed checkpoint service for adapters and their optimizer state."""
+"""Asynchronous, sharded, verified checkpoints for LoRA training on torch.distributed.
+
+>>> from ckpt import CheckpointManager, TrainState
+>>> manager = CheckpointManager("runs/7")                       # doctest: +SKIP
+>>> start = manager.restore(TrainState(model, optimizer))       # doctest: +SKIP
+"""
+
+from .errors import (
+    AlreadyExists,
+    BaseMismatch,
+    CkptError,
+    CommitUnknown,
+    ConfigError,
+    DamagedError,
+    NoCheckpoint,
+    NonFiniteError,
+    ObjectNotFound,
+    PlanError,
+    PublishError,
+    SaveAborted,
+    StateError,
+    StepExists,
+    StorageError,
+    StoreNotExclusive,
+    Superseded,
+    UnrestoredRoot,
+    VoteTimeout,
+)
+from .handle import SaveHandle
+from .manager import CheckpointManager
+from .restore import DamagedStep, RestoreReport
+from .train_state import TrainState
+from .types import AdapterExport, BaseIdentity, Retention, SaveMetrics, TensorRule
+
+__all__ = [
+    "AdapterExport",
+    "AlreadyExists",
+    "BaseIdentity",
+    "BaseMismatch",
+    "CheckpointManager",
+    "CkptError",
+    "CommitUnknown",
+    "ConfigError",
+    "DamagedError",
+    "DamagedStep",
+    "NoCheckpoint",
+    "NonFiniteError",
+    "ObjectNotFound",
+    "PlanError",
+    "PublishError",
+    "RestoreReport",
+    "Retention",
+    "SaveAborted",
+    "SaveHandle",
+    "SaveMetrics",
+    "StateError",
+    "StepExists",
+    "StorageError",
+    "StoreNotExclusive",
+    "Superseded",
+    "TensorRule",
+    "TrainState",
+    "UnrestoredRoot",
+    "VoteTimeout",
+]

@@ -108,7 +108,7 @@ def _results(
             problems.append(f"rank {rank} raised:\n{error.read_text()}")
         elif rank in late:
             problems.append(
-                f"rank {rank} was still running after {timeout} s (or a peer's failure)"
+                f"rank {rank} was still running after {timeout} s, or a peer failed"
             )
         elif rank in killed:
             if code != -signal.SIGKILL:

@@ -1,0 +1,300 @@
+"""Who writes which bytes: DCP's planner, run over descriptions instead of pickled plans.
+
+Every rank describes its pieces with DCP's own local planner. Rank 0 checks that the ranks mean
+the same state, lets DCP drop the duplicates of replicated tensors, and proves that what is left
+covers every tensor exactly once. The result is cached under a fingerprint; while that holds, a
+save neither plans nor talks to another rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import (  # type: ignore[attr-defined]
+    create_default_local_save_plan,
+    dedup_save_plans,  # DCP's own rule for replicas; imported where its planner has it
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+
+from .coverage import tiling_problem
+from .dtypes import TORCH_DTYPES, dtype_code
+from .errors import PlanError
+from .shard import ShardLayout, ShardTensor
+from .types import Chunk, TensorRecord
+
+PLAN_FORMAT = 1
+"""Part of every fingerprint: a layout of another format version is another layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank holds of one tensor.
+
+    Attributes:
+        name: checkpoint name.
+        dtype: safetensors code.
+        shape: global shape.
+        offsets: position of the piece in the global tensor.
+        sizes: its extent; a piece without elements is not stored.
+        sharded: False for a plain tensor, of which every rank holds all.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    sharded: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no element (an uneven shard on a late rank)."""
+        return 0 in self.sizes
+
+    def to_json(self) -> list[Any]:
+        """The piece as it is sent to rank 0."""
+        return [self.name, self.dtype, self.shape, self.offsets, self.sizes, self.sharded]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Piece:
+        """The piece that :meth:`to_json` described."""
+        name, dtype, shape, offsets, sizes, sharded = value
+        return cls(name, dtype, tuple(shape), tuple(offsets), tuple(sizes), sharded)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The result of planning, as one rank needs it.
+
+    Attributes:
+        fingerprint: of all that the plan depends on.
+        held: the pieces this rank holds.
+        mine: those of them that it writes.
+        shard: byte layout of this rank's file, or None if it writes none.
+        writers: ranks that write a file, ascending.
+        records: every tensor of the checkpoint with ``file`` set to the writing rank's number;
+            known on rank 0 only.
+        mesh: the device meshes in use, for the manifest; None for plain tensors.
+    """
+
+    fingerprint: str
+    held: tuple[Piece, ...]
+    mine: tuple[Piece, ...]
+    shard: ShardLayout | None
+    writers: tuple[int, ...]
+    records: tuple[TensorRecord, ...]
+    mesh: dict[str, Any] | None
+
+
+def local_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """This rank's pieces, by DCP's local planner.
+
+    Raises:
+        PlanError: a tensor that the planner cannot place (a partial placement, several chunks
+            of one tensor on one rank).
+        StateError: a dtype that the format does not know.
+    """
+    pieces: list[Piece] = []
+    for name, tensor in tensors.items():
+        try:
+            # is_coordinator is unused by DCP today; plain tensors are described by all ranks.
+            plan = create_default_local_save_plan({name: tensor}, False)
+        except RuntimeError as error:
+            msg = f"{name} cannot be saved: {error}"
+            raise PlanError(msg) from error
+        if len(plan.items) > 1:
+            msg = f"{name} lies in {len(plan.items)} separate chunks on one rank; want one"
+            raise PlanError(msg)
+        for item in plan.items:
+            data = item.tensor_data
+            if data is None:
+                msg = f"{name} is a {type(tensor).__name__}, not a tensor"
+                raise PlanError(msg)
+            pieces.append(
+                Piece(
+                    name,
+                    dtype_code(tensor.dtype),
+                    tuple(data.size),
+                    tuple(data.chunk.offsets),
+                    tuple(data.chunk.sizes),
+                    item.type is WriteItemType.SHARD,
+                )
+            )
+    return pieces
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], world: int) -> str:
+    """SHA-256 over names, shapes, dtypes, meshes and placements; equal on all ranks."""
+    entries = []
+    for name, tensor in tensors.items():
+        place: list[Any] = []
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            place = [list(mesh.shape), mesh.mesh_dim_names, [str(p) for p in tensor.placements]]
+        entries.append([name, str(tensor.dtype), list(tensor.shape), place])
+    text = json.dumps([PLAN_FORMAT, world, entries], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def mesh_json(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+    """The device meshes of the tensors: their shapes and dimension names."""
+    meshes: list[dict[str, Any]] = []
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            names = None if mesh.mesh_dim_names is None else list(mesh.mesh_dim_names)
+            entry = {"shape": list(mesh.shape), "dim_names": names}
+            if entry not in meshes:
+                meshes.append(entry)
+    return {"meshes": meshes} if meshes else None
+
+
+def difference(first: Sequence[Piece], other: Sequence[Piece], rank: int) -> str | None:
+    """The first way in which a rank's state is not rank 0's, or None.
+
+    Args:
+        first: rank 0's pieces.
+        other: the other rank's pieces.
+        rank: the other rank, for the message.
+    """
+    mine = {piece.name: piece for piece in first}
+    theirs = {piece.name: piece for piece in other}
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None:
+            has, lacks = (rank, 0) if a is None else (0, rank)
+            return f"{name}: rank {has} has it, rank {lacks} does not"
+        for what in ("shape", "dtype", "sharded"):
+            x, y = getattr(a, what), getattr(b, what)
+            if x != y:
+                return f"{name}: {what} is {x} on rank 0 and {y} on rank {rank}"
+    return None
+
+
+def assign(pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+    """Decide which rank writes which pieces, each element exactly once.
+
+    Replicas go to the rank with the least to write so far (DCP's rule).
+
+    Args:
+        pieces: what every rank holds, by rank.
+
+    Raises:
+        PlanError: ranks disagree, or the pieces do not cover a tensor exactly once.
+    """
+    for rank, other in enumerate(pieces):
+        found = difference(pieces[0], other, rank)
+        if found:
+            msg = f"ranks disagree about what is saved: {found}"
+            raise PlanError(msg)
+    plans = [SavePlan([_write_item(piece) for piece in held if not piece.empty]) for held in pieces]
+    kept = dedup_save_plans(plans)
+    assigned = []
+    for held, plan in zip(pieces, kept, strict=True):
+        names = {item.index.fqn for item in plan.items}
+        assigned.append([piece for piece in held if piece.name in names])
+    boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for mine in assigned:
+        for piece in mine:
+            boxes.setdefault(piece.name, []).append((piece.offsets, piece.sizes))
+    for piece in pieces[0]:
+        problem = tiling_problem(piece.shape, boxes.get(piece.name, []))
+        if problem:
+            msg = f"{piece.name}: {problem}; its placement over the ranks is not understood"
+            raise PlanError(msg)
+    return assigned
+
+
+def shard_layout(pieces: Sequence[Piece]) -> ShardLayout | None:
+    """The byte layout of the file with these pieces, or None if there are none."""
+    if not pieces:
+        return None
+    return ShardLayout.build(
+        [
+            ShardTensor(
+                name=piece.name,
+                dtype=piece.dtype,
+                shape=piece.sizes,
+                global_shape=piece.shape,
+                offsets=piece.offsets,
+            )
+            for piece in pieces
+        ]
+    )
+
+
+def tensor_records(
+    everything: Sequence[Piece], assigned: Sequence[Sequence[Piece]]
+) -> tuple[TensorRecord, ...]:
+    """The manifest's tensors, sorted by name; ``Chunk.file`` is the writing rank's number.
+
+    Args:
+        everything: one rank's pieces (they name every tensor, also one without elements).
+        assigned: what :func:`assign` gave.
+    """
+    chunks: dict[str, list[Chunk]] = {piece.name: [] for piece in everything}
+    for rank, mine in enumerate(assigned):
+        layout = shard_layout(mine)
+        if layout is None:
+            continue
+        for piece in mine:
+            start, end = layout.offsets[piece.name]
+            chunks[piece.name].append(Chunk(piece.offsets, piece.sizes, str(rank), start, end))
+    records = [
+        TensorRecord(piece.name, piece.dtype, piece.shape, tuple(chunks[piece.name]))
+        for piece in everything
+    ]
+    return tuple(sorted(records, key=lambda record: record.name))
+
+
+def read_items(record: TensorRecord, piece: Piece) -> list[tuple[Chunk, ReadItem]]:
+    """Which stored chunks, and which part of each, make up a piece (DCP's resharding)."""
+    if piece.empty:
+        return []
+    metadata = TensorStorageMetadata(
+        properties=TensorProperties(dtype=TORCH_DTYPES[record.dtype]),
+        size=torch.Size(record.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+            for chunk in record.chunks
+        ],
+    )
+    wanted = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+    by_offset = {chunk.offsets: chunk for chunk in record.chunks}
+    pairs = []
+    for item in create_read_items_for_chunk_list(piece.name, metadata, [wanted]):
+        offset = item.storage_index.offset
+        pairs.append((by_offset[tuple(offset or ())], item))
+    return pairs
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    offsets = torch.Size(piece.offsets)
+    return WriteItem(
+        index=MetadataIndex(piece.name, offsets),
+        type=WriteItemType.SHARD if piece.sharded else WriteItemType.TENSOR,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, torch.Size(piece.sizes)),
+            properties=TensorProperties(dtype=TORCH_DTYPES[piece.dtype]),
+            size=torch.Size(piece.shape),
+        ),
+    )

@@ -1,0 +1,173 @@
+"""The layout of a save: cached while it holds, agreed on with the other ranks when it changes."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .arena import Arena
+from .commit import Parent, claim_epoch
+from .errors import CkptError, PlanError
+from .plan import (
+    Layout,
+    Piece,
+    assign,
+    fingerprint,
+    local_pieces,
+    mesh_json,
+    shard_layout,
+    tensor_records,
+)
+from .restore import RestoreReport
+from .save import plan_topic, save_topic
+from .storage import Storage
+from .vote import Board, RemoteFailure
+
+
+@dataclass(slots=True)
+class CachedLayout:
+    """A layout, its arena, and the very tensors it was made from.
+
+    Attributes:
+        layout: who writes what.
+        arena: this rank's slots.
+        names: checkpoint names, in the order of ``tensors``.
+        tensors: the live tensors; while they are the same objects, so is the layout.
+        stream: side stream for copies from CUDA devices, or None.
+    """
+
+    layout: Layout
+    arena: Arena
+    names: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
+    stream: torch.cuda.Stream | None
+
+
+class Planner:
+    """Plans saves on the caller's thread, and claims the writer epoch with the first plan.
+
+    Args:
+        storage: the root.
+        board: the caller thread's access to the other ranks.
+        fresh: start a new run over whatever the root holds.
+    """
+
+    def __init__(self, storage: Storage, board: Board, *, fresh: bool) -> None:
+        self._storage = storage
+        self._board = board
+        self._fresh = fresh
+        self._cache: dict[str, CachedLayout] = {}
+        self._epoch: int | None = None
+        self._report: RestoreReport | None = None
+
+    def restored(self, report: RestoreReport) -> None:
+        """Note a restore: what follows is a new branch with a writer epoch of its own."""
+        self._report = report
+        self._epoch = None
+
+    def release(self) -> None:
+        """Give the arenas' memory back."""
+        self._cache.clear()
+
+    def layout(
+        self, seq: int, step: int | None, tensors: dict[str, torch.Tensor], *, resumable: bool
+    ) -> tuple[CachedLayout, bool, int]:
+        """The cached layout, or a new one that all ranks agree on."""
+        kind = "step" if resumable else "version"
+        cached = self._cache.get(kind)
+        if cached is not None and self._epoch is not None:
+            same = cached.names == tuple(tensors) and all(
+                map(operator.is_, cached.tensors, tensors.values())
+            )
+            if same:
+                return cached, False, self._epoch
+            if fingerprint(tensors, self._board.world) == cached.layout.fingerprint:
+                cached.names, cached.tensors = tuple(tensors), tuple(tensors.values())
+                return cached, False, self._epoch
+        layout, epoch = self._plan(seq, step, kind, tensors)
+        on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        if cached is not None and cached.layout.mine == layout.mine:
+            arena = cached.arena  # the same bytes in the same places: keep the memory
+        else:
+            arena = Arena(layout.shard, layout.mine, pinned=on_cuda)
+        fresh = CachedLayout(
+            layout,
+            arena,
+            tuple(tensors),
+            tuple(tensors.values()),
+            torch.cuda.Stream() if on_cuda else None,  # type: ignore[no-untyped-call]  # no hints
+        )
+        self._cache[kind] = fresh
+        self._epoch = epoch
+        return fresh, True, epoch
+
+    def _plan(
+        self, seq: int, step: int | None, kind: str, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Layout, int]:
+        """Agree with the other ranks about the layout, and about who writes to this root."""
+        board, world = self._board, self._board.world
+        topic = plan_topic(seq)
+        held = local_pieces(tensors)
+        print_ = fingerprint(tensors, world)
+        board.mark(topic)
+        board.answer(
+            topic,
+            {"step": step, "kind": kind, "pieces": [piece.to_json() for piece in held]},
+        )
+        assigned: list[list[Piece]] = []
+        if board.rank == 0:
+            try:
+                assigned = self._decide_plan(topic, seq, step, kind)
+                epoch = self._claim()
+            except (CkptError, RemoteFailure) as error:
+                failure = board.abort(topic, error)
+                board.abort(save_topic(seq), error)
+                if isinstance(error, RemoteFailure):
+                    raise failure.rebuild() from None
+                raise
+            names = [[piece.name for piece in mine] for mine in assigned]
+            decision: dict[str, Any] = {"epoch": epoch, "assigned": names}
+            board.decide(topic, decision)
+        else:
+            verdict = board.verdict(topic)
+            if verdict.failure is not None:
+                raise verdict.failure.rebuild()
+            decision = verdict.value
+        wanted = set(decision["assigned"][board.rank])
+        mine = tuple(piece for piece in held if piece.name in wanted)
+        layout = Layout(
+            fingerprint=print_,
+            held=tuple(held),
+            mine=mine,
+            shard=shard_layout(mine),
+            writers=tuple(r for r, names in enumerate(decision["assigned"]) if names),
+            records=tensor_records(held, assigned) if board.rank == 0 else (),
+            mesh=mesh_json(tensors),
+        )
+        return layout, decision["epoch"]
+
+    def _decide_plan(self, topic: str, seq: int, step: int | None, kind: str) -> list[list[Piece]]:
+        answers = self._board.gather(topic, contrary=save_topic(seq))
+        for rank, answer in enumerate(answers):
+            for what, mine in (("step", step), ("kind", kind)):
+                if answer[what] != mine:
+                    msg = (
+                        f"ranks disagree about what is saved: {what} is {mine} on rank 0 and "
+                        f"{answer[what]} on rank {rank}"
+                    )
+                    raise PlanError(msg)
+        return assign([[Piece.from_json(p) for p in answer["pieces"]] for answer in answers])
+
+    def _claim(self) -> int:
+        """Rank 0: become the root's writer, once for each branch of the run."""
+        if self._epoch is not None:
+            return self._epoch
+        report = self._report
+        parent = None
+        if report is not None and report.step is not None and report.epoch is not None:
+            parent = Parent(report.epoch, report.step)
+        seen = None if report is None else report.seen_epoch
+        return claim_epoch(self._storage, parent, seen=seen, fresh=self._fresh).epoch

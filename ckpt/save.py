@@ -1,0 +1,454 @@
+"""The background half of a save: write the slot, vote, commit, publish.
+
+Runs on one thread per manager and talks to other ranks only through the board, with deadlines.
+Rank 0 coordinates; whatever goes wrong on any rank before the commit aborts the step on all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .about import package_version
+from .arena import Arena, Slot
+from .commit import Place, check_current, commit_step, discard, place
+from .envelope import utc_now
+from .errors import CkptError, CommitUnknown, DamagedError, PlanError, PublishError, SaveAborted
+from .handle import SaveHandle
+from .layout import ADAPTERS, STATE, shard_name
+from .manifest import StepManifest, VersionManifest
+from .plan import Layout, Piece, difference
+from .publish import publish_version
+from .source import StepSource
+from .state import SCHEMA, STATE_FORMAT
+from .storage import Storage, put_checked
+from .storage.base import Buffer
+from .types import AdapterExport, BaseIdentity, FileRecord, TensorRecord
+from .vote import Board, Failure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Job:
+    """One save on its way through the background thread.
+
+    Attributes:
+        seq: number of the call in this manager, equal on all ranks.
+        step: step number; None for a publish without one.
+        resumable: whether a step is committed (False: a version only).
+        publish: whether a version is published.
+        planned: whether this call planned anew.
+        attempt: id of this try.
+        epoch: the writer's epoch.
+        layout: who writes what.
+        arena: where the slot goes back to.
+        slot: the copied bytes; None on a rank that writes no file.
+        shared: encoded values that are equal on all ranks, by section.
+        mine: this rank's encoded values.
+        export: how the adapter is made, or None.
+        base: the base model, or None.
+        policy_version: the trainer's count of policy updates, or None.
+        handle: what the caller holds.
+        started: ``time.perf_counter()`` when the call began.
+    """
+
+    seq: int
+    step: int | None
+    resumable: bool
+    publish: bool
+    planned: bool
+    attempt: str
+    epoch: int
+    layout: Layout
+    arena: Arena
+    slot: Slot | None
+    shared: Mapping[str, bytes]
+    mine: bytes
+    export: AdapterExport | None
+    base: BaseIdentity | None
+    policy_version: int | None
+    handle: SaveHandle
+    started: float
+    files: dict[int, FileRecord] = field(default_factory=dict)
+
+    @property
+    def topic(self) -> str:
+        """Where the ranks vote on it."""
+        return save_topic(self.seq)
+
+
+def save_topic(seq: int) -> str:
+    """Topic of the vote on a manager's ``seq``-th save."""
+    return f"save/{seq}"
+
+
+def plan_topic(seq: int) -> str:
+    """Topic of the planning that the ``seq``-th save may need."""
+    return f"plan/{seq}"
+
+
+class EchoError(SaveAborted):
+    """Another rank sat this save out because it was raising an error that all ranks know."""
+
+
+class SavePipeline:
+    """Everything that a manager's background thread does with a job.
+
+    Args:
+        storage: the root.
+        board: this thread's access to the other ranks.
+        run_name: first part of the names of published versions.
+        publish_dtype: dtype of published adapters.
+    """
+
+    def __init__(
+        self, storage: Storage, board: Board, *, run_name: str, publish_dtype: str
+    ) -> None:
+        self._storage = storage
+        self._board = board
+        self._run_name = run_name
+        self._publish_dtype = publish_dtype
+        self._done_topics: list[str] = []
+
+    def run(self, job: Job) -> None:
+        """Take a job from its copied slot to its commit, and publish it.
+
+        Raises:
+            CkptError: why there is no step (all ranks raise) or no version.
+        """
+        try:
+            if job.slot is not None:
+                job.slot.wait_copied()
+            if not job.handle.staged.done():
+                job.handle.staged.set_result(None)
+            manifest = self._persist(job) if job.resumable or self._board.world > 1 else None
+            self._finish(job, manifest)
+        finally:
+            job.arena.release(job.slot)
+
+    def refuse(self, seq: int, error: BaseException, *, echo: bool) -> None:
+        """Tell the others that this rank takes no part in a save, and why."""
+        if self._board.world == 1:
+            return
+        for topic in (plan_topic(seq), save_topic(seq)):
+            self._board.fail(topic, error, echo=echo)
+            if self._board.rank == 0:
+                self._board.abort(topic, error, echo=echo)
+
+    def _persist(self, job: Job) -> StepManifest | None:
+        """Write, vote, and on rank 0 commit; returns the manifest there."""
+        board = self._board
+        where = self._place(job)
+        own: BaseException | None = None
+        if not job.planned:
+            board.mark(job.topic)
+        try:
+            began = time.perf_counter()
+            record = self._write(job, where)
+            job.handle.metrics.write_ms = 1e3 * (time.perf_counter() - began)
+            board.answer(job.topic, self._ballot(job, record))
+        except Exception as error:  # noqa: BLE001 - goes to every rank's vote and is raised below
+            own = error
+            board.fail(job.topic, error)
+        began = time.perf_counter()
+        manifest: StepManifest | None = None
+        failure: Failure | None
+        if board.rank == 0:
+            manifest, failure, problem = self._coordinate(job, where)
+            own = own or problem
+        else:
+            failure = board.verdict(job.topic).failure
+        if failure is not None:
+            # While the manifest's fate is open, the step may exist and need its files.
+            if failure.kind != CommitUnknown.__name__:
+                discard(self._storage, where.scratch)
+            raise aborted(job, failure, board.rank, own)
+        job.handle.metrics.commit_ms = 1e3 * (time.perf_counter() - began)
+        return manifest
+
+    def _coordinate(
+        self, job: Job, where: Place
+    ) -> tuple[StepManifest | None, Failure | None, Exception | None]:
+        """Rank 0: check every rank's ballot, make the step exist, and tell the others."""
+        board = self._board
+        contrary = None if job.planned else plan_topic(job.seq)
+        try:
+            ballots = board.gather(job.topic, contrary=contrary)
+            board.forget(self._done_topics)
+            self._done_topics = [job.topic, plan_topic(job.seq), f"{job.topic}/version"]
+            self._check_ballots(job, ballots)
+            manifest = self._manifest(job, where, ballots)
+            if job.resumable:
+                commit_step(self._storage, where, manifest)
+        except Exception as error:  # noqa: BLE001 - put to the vote: every rank raises it
+            cause = self._explain(job, error)
+            # A rank that plans while this one does not waits on the other topic.
+            board.abort(plan_topic(job.seq), cause)
+            return None, board.abort(job.topic, cause), cause
+        board.decide(job.topic, None)
+        return manifest, None, None
+
+    def _write(self, job: Job, where: Place) -> FileRecord | None:
+        """Write this rank's shard, if it has one."""
+        if job.slot is None:
+            return None
+        if not job.resumable and self._board.rank == 0:
+            # A version is made on rank 0, which has these bytes in its slot.
+            return FileRecord(where.name(shard_name(0, self._board.world)), job.slot.nbytes, 0, ())
+        name = shard_name(self._board.rank, self._board.world)
+        return put_checked(
+            self._storage, where.path(name), job.slot.buffer(), name=where.name(name)
+        )
+
+    def _place(self, job: Job) -> Place:
+        if job.resumable and job.step is not None:
+            return place(self._storage, job.step, job.epoch, job.attempt)
+        parts = f"{ADAPTERS}/.parts-{job.attempt}"
+        return Place(base=parts, prefix="", scratch=parts, final=parts)
+
+    def _ballot(self, job: Job, record: FileRecord | None) -> dict[str, Any]:
+        return {
+            "step": job.step,
+            "kind": [job.resumable, job.publish],
+            "fingerprint": job.layout.fingerprint,
+            "file": None if record is None else asdict(record),
+            "shared": {key: hashlib.sha256(data).hexdigest() for key, data in job.shared.items()},
+            "mine": job.mine.decode("ascii"),
+        }
+
+    def _check_ballots(self, job: Job, ballots: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a save that is not the same save on all ranks.
+
+        Raises:
+            PlanError: names the first difference.
+            DamagedError: a file on storage has another size than its writer says.
+        """
+        first = ballots[0]
+        for rank, ballot in enumerate(ballots):
+            for what in ("step", "kind", "fingerprint"):
+                if ballot[what] != first[what]:
+                    msg = (
+                        f"ranks disagree about what is saved: {what} is {first[what]} on rank 0 "
+                        f"and {ballot[what]} on rank {rank}"
+                    )
+                    raise PlanError(msg)
+            for section, digest in first["shared"].items():
+                if ballot["shared"].get(section) != digest:
+                    msg = (
+                        f"{section} differs between rank 0 and rank {rank}; values that belong to "
+                        "one rank go into TrainState(per_rank=...)"
+                    )
+                    raise PlanError(msg)
+            if (ballot["file"] is not None) != (rank in job.layout.writers):
+                msg = f"rank {rank} wrote {ballot['file']}, the plan says otherwise"
+                raise PlanError(msg)
+            if ballot["file"] is not None:
+                job.files[rank] = _file_record(ballot["file"])
+
+    def _manifest(
+        self, job: Job, where: Place, ballots: Sequence[Mapping[str, Any]]
+    ) -> StepManifest:
+        """Write ``state.json``, check the files' sizes, and describe it all."""
+        storage = self._storage
+        for rank, record in job.files.items():
+            if not job.resumable and rank == 0:
+                continue  # its bytes stay in the slot
+            path = f"{where.base}/{record.name}"
+            size = storage.size(path)
+            if size != record.size:
+                msg = f"{path} has {size} bytes, rank {rank} wrote {record.size}"
+                raise DamagedError(msg)
+        files = list(job.files.values())
+        if job.resumable:
+            state = compose_state(job.shared, [ballot["mine"] for ballot in ballots])
+            files.append(put_checked(storage, where.path(STATE), state, name=where.name(STATE)))
+        return StepManifest(
+            step=job.step or 0,
+            epoch=job.epoch,
+            attempt=job.attempt,
+            created=utc_now(),
+            writer_version=package_version(),
+            world_size=self._board.world,
+            mesh=job.layout.mesh,
+            fingerprint=job.layout.fingerprint,
+            base=job.base,
+            export=job.export,
+            tensors=_located(job.layout.records, job.files),
+            files=tuple(sorted(files, key=lambda record: record.name)),
+            adapter_sha256=None,
+            policy_version=job.policy_version,
+        )
+
+    def _explain(self, job: Job, error: Exception) -> Exception:
+        """Name the difference when only some ranks found the layout changed."""
+        if job.planned or not isinstance(error, PlanError):
+            return error
+        for rank in range(1, self._board.world):
+            answer = self._board.peek(plan_topic(job.seq), rank)
+            if answer is not None:
+                pieces = [Piece.from_json(piece) for piece in answer["pieces"]]
+                found = difference(job.layout.held, pieces, rank)
+                if found:
+                    return PlanError(f"{error}: {found}")
+        return error
+
+    def _finish(self, job: Job, manifest: StepManifest | None) -> None:
+        """Settle the commit, then publish; a failed publish leaves the step as it is."""
+        handle = job.handle
+        if job.resumable:
+            handle.committed.set_result(job.step)
+        else:
+            handle.committed.set_result(None)
+        if not job.publish:
+            handle.published.set_result(None)
+            return
+        began = time.perf_counter()
+        if self._board.rank == 0:
+            version = self._publish(job, manifest)
+        else:
+            verdict = self._board.verdict(f"{job.topic}/version")
+            if verdict.failure is not None:
+                raise PublishError(f"rank 0: {verdict.failure.message}")
+            version = VersionManifest.from_bytes(verdict.value.encode(), "rank 0's answer")
+        handle.metrics.publish_ms = 1e3 * (time.perf_counter() - began)
+        handle.metrics.publish_lag_ms = 1e3 * (time.perf_counter() - job.started)
+        handle.published.set_result(version)
+
+    def _publish(self, job: Job, manifest: StepManifest | None) -> VersionManifest:
+        """Rank 0: make a version from the slot and the other ranks' files."""
+        topic = f"{job.topic}/version"
+        where = self._place(job)
+        export = job.export
+        if export is None:  # the manager refuses this before anything is copied
+            raise AssertionError
+        try:
+            source = self._source(job, manifest, where)
+            check_current(self._storage, job.epoch)
+            version = publish_version(
+                self._storage,
+                run=self._run_name,
+                export=export,
+                source=source,
+                dtype=self._publish_dtype,
+                step=job.step,
+                policy_version=job.policy_version,
+                epoch=job.epoch,
+                attempt=job.attempt,
+                base=job.base,
+            )
+        except Exception as error:
+            self._board.abort(topic, error)
+            if isinstance(error, PublishError):
+                raise
+            msg = f"no version was published: {error}"
+            raise PublishError(msg) from error
+        finally:
+            if not job.resumable and self._board.world > 1:
+                discard(self._storage, where.scratch)
+        self._board.decide(topic, version.to_bytes().decode())
+        return version
+
+    def _source(self, job: Job, manifest: StepManifest | None, where: Place) -> SlotSource:
+        if manifest is None:  # one rank and no step: all bytes are in the slot
+            record = FileRecord(shard_name(0, 1), 0 if job.slot is None else job.slot.nbytes, 0, ())
+            tensors = _located(job.layout.records, {0: record})
+            return SlotSource(tensors, job.slot, record.name, None)
+        directory = where.final
+        own = job.files.get(0)
+        stored = StepSource(self._storage, directory, manifest)
+        return SlotSource(manifest.tensors, job.slot, None if own is None else own.name, stored)
+
+
+class SlotSource:
+    """A snapshot's tensors: this rank's bytes from its slot, the others' from storage."""
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorRecord],
+        slot: Slot | None,
+        own_file: str | None,
+        stored: StepSource | None,
+    ) -> None:
+        self._records = {record.name: record for record in tensors}
+        self._slot = slot
+        self._own_file = own_file
+        self._stored = stored
+
+    @property
+    def records(self) -> Mapping[str, TensorRecord]:
+        """Every tensor by its checkpoint name."""
+        return self._records
+
+    def read(self, file: str, start: int, end: int) -> Buffer:
+        """Bytes ``[start, end)`` of a file that the records name.
+
+        Raises:
+            DamagedError: no such file, or bytes that do not verify.
+        """
+        if file == self._own_file and self._slot is not None:
+            return self._slot.buffer()[start:end]
+        if self._stored is None:
+            msg = f"{file} is not part of the snapshot"
+            raise DamagedError(msg)
+        return self._stored.read(file, start, end)
+
+
+def compose_state(shared: Mapping[str, bytes], ranks: Sequence[str]) -> bytes:
+    """``state.json`` from values that were encoded on their own.
+
+    It decodes to ``{"shared": {section: value}, "ranks": [value, ...]}``.
+    """
+
+    def value(encoded: str | bytes) -> Any:
+        # The codec's documents are plain JSON, so they nest without being decoded.
+        return json.loads(encoded)["value"]
+
+    document = {
+        "format": STATE_FORMAT,
+        "schema": SCHEMA,
+        "value": {
+            "shared": {section: value(data) for section, data in shared.items()},
+            "ranks": [value(data) for data in ranks],
+        },
+    }
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def aborted(job: Job, failure: Failure, rank: int, own: BaseException | None) -> CkptError:
+    """The error of an aborted save, with its cause where this rank has it."""
+    if failure.echo:
+        error: CkptError = EchoError(
+            f"step {job.step}: rank {failure.rank} was raising an earlier error and did not save"
+        )
+    else:
+        rebuilt = failure.rebuild()
+        what = "publish" if not job.resumable else f"save of step {job.step}"
+        error = type(rebuilt)(f"{what} aborted: {rebuilt}")
+    if own is not None and failure.rank == rank:
+        error.__cause__ = own
+    return error
+
+
+def _file_record(value: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(value["name"], value["size"], value["crc32"], tuple(value["block_crc32"]))
+
+
+def _located(
+    records: Sequence[TensorRecord], files: Mapping[int, FileRecord]
+) -> tuple[TensorRecord, ...]:
+    """Plan records with the names of the files in the place of the writing ranks' numbers."""
+    return tuple(
+        replace(
+            record,
+            chunks=tuple(
+                replace(chunk, file=files[int(chunk.file)].name) for chunk in record.chunks
+            ),
+        )
+        for record in records
+    )

@@ -1,0 +1,306 @@
+"""What a run consists of, by name: the seam between a trainer and its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, StateError
+from .fqn import named_parameters, named_persistent_buffers
+from .optim import (
+    apply_optimizer,
+    group_problem,
+    optimizer_tensors,
+    optimizer_values,
+    parameter_names,
+)
+from .rng import apply_rng, capture_rng, derive_rng
+from .state import encode_state
+from .types import MODEL_PREFIX, AdapterExport, BaseIdentity, TensorRule
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can describe its state in JSON-like values and take it back."""
+
+    def state_dict(self) -> Any:
+        """The state, in values that :func:`ckpt.state.encode_state` knows."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Continue from a state that :meth:`state_dict` returned."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensors:
+    """The tensors of one moment, as objects (nothing is copied).
+
+    Attributes:
+        tensors: checkpoint name to tensor or DTensor.
+        optimizer_params: canonical FQN to parameter, for all the optimizer holds.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    optimizer_params: dict[str, torch.Tensor]
+
+
+class TrainState:
+    """A model's trainable part, its optimizer, and everything else that an exact resume needs.
+
+    Saved are the parameters that require a gradient, the persistent buffers of what trains,
+    the optimizer state of these, the scheduler, ``extra``, and *per rank*: the random number
+    generators, the data position and ``per_rank``. A frozen base is named by ``base`` only.
+
+    Args:
+        model: the (sharded, wrapped or plain) model, or the model parts of this rank.
+        optimizer: built over the model's parameters, or None.
+        scheduler: an LR scheduler, or None.
+        dataloader: gives this rank's data position, or None.
+        extra: JSON-like values that are equal on all ranks, such as ``policy_version``. The dict
+            is updated in place by a restore.
+        per_rank: objects whose state differs from rank to rank, by name.
+        export: how the PEFT adapter is made. By default ``model.adapter_export()`` is asked.
+        base: which frozen base the adapter belongs to; a restore over another one is refused.
+
+    Raises:
+        ConfigError: an argument that lacks what is needed of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Stateful | None = None,
+        dataloader: Stateful | None = None,
+        extra: dict[str, Any] | None = None,
+        *,
+        per_rank: Mapping[str, Stateful] | None = None,
+        export: AdapterExport | Mapping[str, Any] | None = None,
+        base: BaseIdentity | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.models: tuple[nn.Module, ...] = (
+            (model,) if isinstance(model, nn.Module) else tuple(model)
+        )
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.dataloader = dataloader
+        self.extra: dict[str, Any] = {} if extra is None else _mutable("extra", extra)
+        self.per_rank: dict[str, Stateful] = dict(per_rank or {})
+        self._export = export
+        self.base = _base(base)
+        stateful: dict[str, Any] = {"scheduler": scheduler, "dataloader": dataloader}
+        stateful |= {f"per_rank[{name!r}]": value for name, value in self.per_rank.items()}
+        for name, value in stateful.items():
+            if value is not None and not isinstance(value, Stateful):
+                msg = (
+                    f"{name} must have state_dict() and load_state_dict(), got "
+                    f"{type(value).__name__}"
+                )
+                raise ConfigError(msg)
+
+    @property
+    def policy_version(self) -> int | None:
+        """``extra["policy_version"]`` if it is an integer."""
+        value = self.extra.get("policy_version")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def export(self) -> AdapterExport | None:
+        """How the PEFT adapter is made from the saved tensors, or None.
+
+        Raises:
+            ConfigError: the given or the model's own export is malformed.
+        """
+        if self._export is not None:
+            return _export(self._export)
+        for model in self.models:
+            inner: Any = getattr(model, "module", model)
+            maker: Callable[[], Mapping[str, Any]] | None = getattr(
+                model, "adapter_export", getattr(inner, "adapter_export", None)
+            )
+            if maker is not None:
+                return _export(maker())
+        return None
+
+    def live(self) -> LiveTensors:
+        """Walk the model and the optimizer; cheap enough for every save.
+
+        Raises:
+            StateError: nothing trains, a name occurs twice, a tensor is on the meta device, or
+                the optimizer holds a parameter that is not the model's.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        names: dict[int, str] = {}
+        for model in self.models:
+            frozen = False
+            for name, parameter in named_parameters(model):
+                names[id(parameter)] = name
+                if parameter.requires_grad:
+                    _add(tensors, name, parameter)
+                else:
+                    frozen = True
+            for name, buffer in named_persistent_buffers(model, everywhere=not frozen):
+                _add(tensors, name, buffer)
+        if not any(tensor.requires_grad for tensor in tensors.values()):
+            msg = (
+                "the model has no parameter that requires a gradient, so there is nothing to "
+                "save; apply the adapter (or unfreeze the model) before TrainState is used"
+            )
+            raise StateError(msg)
+        params: dict[str, torch.Tensor] = {}
+        if self.optimizer is not None:
+            params = parameter_names(self.optimizer, names)
+            tensors |= optimizer_tensors(self.optimizer, params)
+        return LiveTensors(tensors, params)
+
+    def shared_values(self, live: LiveTensors) -> dict[str, Any]:
+        """What is equal on all ranks and is no tensor of the shards, by section."""
+        optimizer = self.optimizer
+        return {
+            "optimizer": (
+                None if optimizer is None else optimizer_values(optimizer, live.optimizer_params)
+            ),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "extra": self.extra,
+        }
+
+    def rank_values(self) -> dict[str, Any]:
+        """What belongs to this rank alone."""
+        return {
+            "rng": capture_rng(),
+            "dataloader": None if self.dataloader is None else self.dataloader.state_dict(),
+            "per_rank": {name: item.state_dict() for name, item in self.per_rank.items()},
+        }
+
+    def problems(self, shared: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What of the saved values has no live counterpart, or the other way round.
+
+        Raises:
+            StateError: hyperparameters that cannot be given to the live optimizer's groups.
+        """
+        found = []
+        pairs = [
+            ("optimizer", shared["optimizer"], self.optimizer),
+            ("scheduler", shared["scheduler"], self.scheduler),
+            ("dataloader", ranks[0]["dataloader"], self.dataloader),
+        ]
+        names = sorted({*ranks[0]["per_rank"], *self.per_rank})
+        pairs += [
+            (f"per_rank[{name!r}]", ranks[0]["per_rank"].get(name), self.per_rank.get(name))
+            for name in names
+        ]
+        for name, saved, live in pairs:
+            if (saved is None) != (live is None):
+                where = "the checkpoint" if live is None else "the live state"
+                found.append(f"only {where} has {name}")
+        if shared["optimizer"] is not None and self.optimizer is not None:
+            params = self.live().optimizer_params
+            reason = group_problem(self.optimizer, params, shared["optimizer"])
+            if reason:
+                raise StateError(reason)
+        return found
+
+    def apply_values(
+        self,
+        shared: Mapping[str, Any],
+        ranks: Sequence[Mapping[str, Any]],
+        optimizer_state: Mapping[str, Mapping[str, torch.Tensor]],
+        rank: int,
+        world: int,
+    ) -> list[str]:
+        """Give every live object its saved values.
+
+        Args:
+            shared: what :meth:`shared_values` gave.
+            ranks: what :meth:`rank_values` gave on every rank that saved.
+            optimizer_state: FQN, then key, to the tensor that holds the saved value.
+            rank: this rank.
+            world: number of ranks now.
+
+        Returns:
+            What could not carry over exactly, for the log.
+        """
+        if self.optimizer is not None and shared["optimizer"] is not None:
+            params = self.live().optimizer_params
+            apply_optimizer(self.optimizer, params, shared["optimizer"], optimizer_state)
+        if self.scheduler is not None and shared["scheduler"] is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        self.extra.clear()
+        self.extra.update(shared["extra"])
+        return self._apply_rank(ranks, rank, world)
+
+    def _apply_rank(self, ranks: Sequence[Mapping[str, Any]], rank: int, world: int) -> list[str]:
+        notes = []
+        same = len(ranks) == world
+        mine = ranks[rank % len(ranks)]
+        stateful: dict[str, tuple[Stateful, list[Any]]] = {}
+        if self.dataloader is not None:
+            stateful["dataloader"] = (self.dataloader, [entry["dataloader"] for entry in ranks])
+        for name, item in self.per_rank.items():
+            stateful[f"per_rank[{name!r}]"] = (item, [e["per_rank"].get(name) for e in ranks])
+        for name, (item, saved) in stateful.items():
+            value = saved[rank % len(ranks)]
+            if value is None:
+                continue
+            item.load_state_dict(value)
+            if not same and any(encode_state(e) != encode_state(saved[0]) for e in saved[1:]):
+                notes.append(
+                    f"{name}: saved on {len(ranks)} ranks with different states, now {world}; "
+                    f"rank {rank} continues from that of rank {rank % len(ranks)}"
+                )
+        # Last, because the objects above may draw numbers while they load.
+        if same:
+            notes += apply_rng(mine["rng"])
+        else:
+            derive_rng(ranks[0]["rng"], rank, world)
+            notes.append(
+                f"random number generators: saved on {len(ranks)} ranks, now {world}; rank {rank} "
+                "continues from a seed derived from the checkpoint"
+            )
+        return notes
+
+
+def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+    key = MODEL_PREFIX + name
+    if key in tensors:
+        msg = f"two tensors of the model are called {name!r} once wrappers are taken off"
+        raise StateError(msg)
+    if tensor.is_meta:
+        msg = f"{name} is on the meta device; materialise and load the model first"
+        raise StateError(msg)
+    tensors[key] = tensor
+
+
+def _mutable(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        msg = f"{name} must be a dict (a restore updates it in place), got {type(value).__name__}"
+        raise ConfigError(msg)
+    return value
+
+
+def _base(base: BaseIdentity | Mapping[str, Any] | None) -> BaseIdentity | None:
+    if base is None or isinstance(base, BaseIdentity):
+        return base
+    try:
+        return BaseIdentity(name=str(base["name"]), config_hash=str(base["config_hash"]))
+    except (KeyError, TypeError) as error:
+        msg = f"base must be a BaseIdentity or have 'name' and 'config_hash', got {base!r}"
+        raise ConfigError(msg) from error
+
+
+def _export(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:
+    if isinstance(export, AdapterExport):
+        return export
+    try:
+        rules = tuple(TensorRule(**rule) for rule in export["rules"])
+        return AdapterExport(peft_config=dict(export["peft_config"]), rules=rules)
+    except (KeyError, TypeError) as error:
+        msg = f"the adapter export needs 'peft_config' and 'rules' of TensorRule fields: {error}"
+        raise ConfigError(msg) from error
