@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,12 @@ from .groups import Groups
 
 Batch = Mapping[str, Tensor]
 """Tensors by name; the first dimension of each is the row."""
+
+LossFn = Callable[[Tensor, Batch], Tensor]
+"""(logits [B, S, V], micro batch) to the *mean* loss over what the weight counts (0-d)."""
+
+WeightFn = Callable[[Batch], float]
+"""Micro batch to its weight in the mean over all ranks, e.g. the number of tokens that count."""
 
 
 def batch_rows(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -53,9 +59,7 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
     try:
         on_device = batch_rows(batch, groups.device)
         rows = on_device["input_ids"].shape[0]
-        if rows < micro_batches:
-            msg = f"{rows} rows cannot make {micro_batches} micro batches; lower micro_batches"
-            raise ValueError(msg)
+        _check_rows(rows, micro_batches)
         pieces = {k: torch.tensor_split(v, micro_batches) for k, v in on_device.items()}
         parts = [{k: v[i] for k, v in pieces.items()} for i in range(micro_batches)]
     except ValueError as error:
@@ -69,6 +73,12 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
         msg = f"{int(failed)} other rank(s) have a batch that cannot be used; see their errors"
         raise ValueError(msg)
     return parts
+
+
+def _check_rows(rows: int, micro_batches: int) -> None:
+    if rows < micro_batches:
+        msg = f"{rows} rows cannot make {micro_batches} micro batches; lower micro_batches"
+        raise ValueError(msg)
 
 
 def total_weight(weights: list[float], groups: Groups) -> float:

@@ -6,11 +6,9 @@ inside ``if ... lora is not None``.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,25 +19,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from archon_lora.errors import EngineNotReady, NonFiniteGradient
 from archon_lora.models import BaseStateDictAdapter, base_fingerprint
 
-from .batch import Batch, batch_rows, default_weight, reduce_losses, split_batch, total_weight
-from .build import build_model
-from .config import EngineConfig
+from .batch import (
+    Batch,
+    LossFn,
+    WeightFn,
+    batch_rows,
+    default_weight,
+    reduce_losses,
+    split_batch,
+    total_weight,
+)
+from .build import BuiltModel, build_model
+from .config import EngineConfig, OptimizerConfig
 from .grad_norm import clip_grad_norm
 from .groups import Groups, close_groups, open_groups
-from .schedule import build_scheduler
+from .inference import next_token_logprobs, reference_mode, reshard
+from .schedule import build_optimizer, build_scheduler
 from .types import FullWeightSink, SaveLoadMeta, WeightSink
 
 if TYPE_CHECKING:
     from archon_lora.config import LoRAConfig
-    from ckpt import CheckpointManager, TrainState
+    from ckpt import CheckpointManager, SaveHandle, TrainState
 
 _log = logging.getLogger(__name__)
 
-LossFn = Callable[[Tensor, Batch], Tensor]
-"""(logits [B, S, V], micro batch) to the *mean* loss over what the weight counts (0-d)."""
-
-WeightFn = Callable[[Batch], float]
-"""Micro batch to its weight in the mean over all ranks, e.g. the number of tokens that count."""
+_T = TypeVar("_T")
 
 
 class ArchonEngine:
@@ -68,12 +72,8 @@ class ArchonEngine:
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: LambdaLR | None = None
         self.skipped_updates = 0
-        self._model: nn.Module | None = None
-        self._names: BaseStateDictAdapter | None = None
+        self._built: BuiltModel | None = None
         self._groups: Groups | None = None
-        self.model_config: Any = None
-
-    # -- life ---------------------------------------------------------------------------------
 
     def initialize(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Make groups, model, optimizer and schedule; seeds this process's torch generators.
@@ -91,31 +91,22 @@ class ArchonEngine:
             raise EngineNotReady(msg)
         groups = open_groups(self.config, process_group)
         try:
-            built = build_model(self.config, groups.mesh, groups.device)
+            self._built = build_model(self.config, groups.mesh, groups.device)
         except BaseException:
             close_groups(groups)
             raise
         self._groups = groups
-        self._model, self._names = built.model, built.state_dict_adapter
-        self.model_config = built.model_config
         if self.config.optimizer is not None:
-            options = self.config.optimizer
-            self.optimizer = torch.optim.AdamW(
-                # Only what trains: the frozen base would cost two moments per weight.
-                self.trainable_params(),
-                lr=options.lr,
-                betas=options.betas,
-                eps=options.eps,
-                weight_decay=options.weight_decay,
-            )
-            self.lr_scheduler = build_scheduler(self.optimizer, options)
+            # Only what trains: the frozen base would cost two moments per weight.
+            self.optimizer = build_optimizer(self.trainable_params(), self.config.optimizer)
+            self.lr_scheduler = build_scheduler(self.optimizer, self.config.optimizer)
         # Ranks draw different dropout masks.
         torch.manual_seed(self.config.seed + groups.rank)
 
     def close(self) -> None:
         """Let go of the model and of the groups made here; a second call does nothing."""
         groups, self._groups = self._groups, None
-        self._model = self._names = None
+        self._built = None
         self.optimizer = self.lr_scheduler = None
         if groups is not None:
             close_groups(groups)
@@ -126,15 +117,10 @@ class ArchonEngine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # -- what it is made of -------------------------------------------------------------------
-
     @property
     def model(self) -> nn.Module:
         """The sharded model."""
-        if self._model is None:
-            msg = "the engine is not initialised: call initialize() first"
-            raise EngineNotReady(msg)
-        return self._model
+        return self._ready(self._built).model
 
     @property
     def model_parts(self) -> list[nn.Module]:
@@ -142,20 +128,19 @@ class ArchonEngine:
         return [self.model]
 
     @property
+    def model_config(self) -> Any:
+        """The model's own configuration."""
+        return self._ready(self._built).model_config
+
+    @property
     def state_dict_adapter(self) -> BaseStateDictAdapter:
         """Maps Archon's names to HuggingFace's."""
-        if self._names is None:
-            msg = "the engine is not initialised: call initialize() first"
-            raise EngineNotReady(msg)
-        return self._names
+        return self._ready(self._built).state_dict_adapter
 
     @property
     def groups(self) -> Groups:
         """Process groups, mesh and device."""
-        if self._groups is None:
-            msg = "the engine is not initialised: call initialize() first"
-            raise EngineNotReady(msg)
-        return self._groups
+        return self._ready(self._groups)
 
     @property
     def cpu_group(self) -> dist.ProcessGroup:
@@ -176,6 +161,18 @@ class ArchonEngine:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.groups.device
+
+    @property
+    def base_name(self) -> str:
+        """What checkpoints and ``adapter_config.json`` call the base model."""
+        return self.config.base_name or self.config.path
+
+    @staticmethod
+    def _ready(part: _T | None) -> _T:
+        if part is None:
+            msg = "the engine is not initialised: call initialize() first"
+            raise EngineNotReady(msg)
+        return part
 
     def trainable_params(self) -> list[nn.Parameter]:
         """The adapter's parameters, or all of them without LoRA.
@@ -209,8 +206,6 @@ class ArchonEngine:
             raise ValueError(msg)
         self.extra["policy_version"] = version
 
-    # -- training -----------------------------------------------------------------------------
-
     def train_batch(
         self, batch: Batch, loss_fn: LossFn, *, loss_weight_fn: WeightFn = default_weight
     ) -> dict[str, float]:
@@ -225,12 +220,10 @@ class ArchonEngine:
             ``loss`` (mean over all ranks), ``grad_norm`` (before clipping), ``lr`` (of this
             update) and ``updated`` (0.0 if the update was skipped); equal on every rank.
         """
-        if self.optimizer is None:
-            msg = "this engine does not train: its configuration has optimizer=None"
-            raise EngineNotReady(msg)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer, _, _ = self._training()
+        optimizer.zero_grad(set_to_none=True)
         loss = self.forward_backward(batch, loss_fn, loss_weight_fn=loss_weight_fn)
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(optimizer.param_groups[0]["lr"])
         skipped = self.skipped_updates
         norm = self.optimizer_step()
         updated = float(self.skipped_updates == skipped)
@@ -285,22 +278,19 @@ class ArchonEngine:
             NonFiniteGradient: the norm is NaN or infinite and ``on_nonfinite`` is ``"raise"``.
                 Parameters, moments and schedule are as before, and the gradients are cleared.
         """
-        options = self.config.optimizer
-        if self.optimizer is None or self.lr_scheduler is None or options is None:
-            msg = "this engine does not train: its configuration has optimizer=None"
-            raise EngineNotReady(msg)
+        optimizer, scheduler, options = self._training()
         norm = clip_grad_norm(
-            self.trainable_params(),
+            [param for group in optimizer.param_groups for param in group["params"]],
             options.grad_clip,
             norm_type=options.norm_type,
             group=self.groups.world,
         )
         if math.isfinite(norm):
-            self.optimizer.step()
-            self.lr_scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm):
             return norm
-        self.optimizer.zero_grad(set_to_none=True)
         if options.on_nonfinite == "raise":
             msg = (
                 f"the gradient norm is {norm}; nothing was updated. Set "
@@ -311,7 +301,12 @@ class ArchonEngine:
         _log.warning("update skipped: the gradient norm is %s", norm)
         return norm
 
-    # -- inference ----------------------------------------------------------------------------
+    def _training(self) -> tuple[torch.optim.Optimizer, LambdaLR, OptimizerConfig]:
+        if self.optimizer is None or self.lr_scheduler is None or self.config.optimizer is None:
+            self._ready(self._built)
+            msg = "this engine does not train: its configuration has optimizer=None"
+            raise EngineNotReady(msg)
+        return self.optimizer, self.lr_scheduler, self.config.optimizer
 
     @torch.no_grad()
     def forward(self, batch: Batch, *, reference: bool = False) -> Tensor:
@@ -324,14 +319,17 @@ class ArchonEngine:
         Raises:
             LoRANotEnabled: ``reference`` without LoRA.
         """
-        training = self.model.training
-        self.model.eval()
+        model = self.model
+        training = model.training
+        model.eval()
         try:
-            with self._adapters_off() if reference else contextlib.nullcontext():
+            if not reference:
+                return self._logits(batch_rows(batch, self.device))
+            with reference_mode(model, has_lora=self.lora_config is not None):
                 return self._logits(batch_rows(batch, self.device))
         finally:
-            self.model.train(training)
-            self.reshard()
+            model.train(training)
+            reshard(model)
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Tensor:
         """Log-probability of each next token, fp32 ``[B, S - 1]``, at ``config.temperature``.
@@ -340,42 +338,13 @@ class ArchonEngine:
             batch: as in :meth:`forward`.
             reference: as in :meth:`forward`.
         """
-        logits_BSV = self.forward(batch, reference=reference)[:, :-1].float()
-        targets_BS = batch["input_ids"][:, 1:].to(logits_BSV.device)
-        scaled = torch.log_softmax(logits_BSV / self.config.temperature, dim=-1)
-        return scaled.gather(-1, targets_BS.unsqueeze(-1)).squeeze(-1)
-
-    def reshard(self) -> None:
-        """Free gathered weights, so that ``parameters()`` are the shards again.
-
-        FSDP leaves the root's weights gathered after a forward without a backward, and a
-        checkpoint taken then would see plain tensors.
-        """
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        logits_BSV = self.forward(batch, reference=reference)
+        return next_token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature)
 
     def _logits(self, batch: Batch) -> Tensor:
         options = {k: batch[k] for k in ("attention_mask", "positions") if k in batch}
         logits: Tensor = self.model(batch["input_ids"], **options)
         return logits
-
-    @contextlib.contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        if self.lora_config is None:
-            from archon_lora.errors import LoRANotEnabled
-
-            msg = (
-                "reference=True needs LoRA, whose frozen base is the reference: set use_lora=true "
-                "(EngineConfig.lora), or keep a second engine with optimizer=None"
-            )
-            raise LoRANotEnabled(msg)
-        from archon_lora.adapter import adapters_disabled
-
-        with adapters_disabled(self.model):
-            yield
-
-    # -- checkpoints --------------------------------------------------------------------------
 
     def train_state(self, *, extra: dict[str, Any] | None = None, **parts: Any) -> TrainState:
         """Everything that a resume needs, for :class:`ckpt.CheckpointManager`.
@@ -391,7 +360,7 @@ class ArchonEngine:
         if extra is not None:
             extra.setdefault("policy_version", self.get_version())
             self.extra = extra
-        self.reshard()
+        reshard(self.model)
         return TrainState(
             model=self.model,
             optimizer=parts.pop("optimizer", self.optimizer),
@@ -401,26 +370,21 @@ class ArchonEngine:
             **parts,
         )
 
-    @property
-    def base_name(self) -> str:
-        """What checkpoints and ``adapter_config.json`` call the base model."""
-        return self.config.base_name or self.config.path
-
     def save(self, meta: SaveLoadMeta) -> None:
         """Save as ``meta`` says; see :func:`archon_lora.engine.checkpoint.save`."""
         from .checkpoint import save
 
-        self.reshard()
+        reshard(self.model)
         save(self, meta)
 
     def load(self, meta: SaveLoadMeta) -> None:
         """Load as ``meta`` says; see :func:`archon_lora.engine.checkpoint.load`."""
         from .checkpoint import load
 
-        self.reshard()
+        reshard(self.model)
         load(self, meta)
 
-    def update_weights(self, version: int, *, normalise: bool = True) -> None:
+    def update_weights(self, version: int, *, normalise: bool = True) -> SaveHandle | None:
         """Hand the weights to every rollout target; see :mod:`archon_lora.engine.weights`.
 
         Args:
@@ -430,5 +394,5 @@ class ArchonEngine:
         """
         from .weights import update_weights
 
-        self.reshard()
-        update_weights(self, version, normalise=normalise)
+        reshard(self.model)
+        return update_weights(self, version, normalise=normalise)

@@ -33,7 +33,7 @@ class _Box(NamedTuple):
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """A tensor as all ranks together know it."""
 
     shape: tuple[int, ...]
@@ -41,13 +41,11 @@ class _Whole(NamedTuple):
     boxes: tuple[_Box, ...]
 
 
-def gather_full(
-    tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None, *, timeout: float
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield every tensor by name, whole and on the host of the group's first rank.
+class Gather:
+    """One pass over tensors that several ranks hold, each brought whole to the first rank.
 
-    All ranks must iterate to the end. Ranks may hold different names (pipeline stages); a name
-    that several ranks hold must have one shape and dtype everywhere.
+    Making it is collective, and all ranks must iterate to the end, once. Ranks may hold different
+    names (pipeline stages); a name that several ranks hold must have one shape and dtype.
 
     Args:
         tensors: DTensors of any placement without partial sums, or plain tensors, which count as
@@ -55,34 +53,56 @@ def gather_full(
         group: a gloo group, or None for a single process.
         timeout: seconds to wait for the others at the start.
 
-    Yields:
-        (name, tensor) in sorted order of names; a fresh contiguous CPU tensor on the first rank,
-        None on the others. The first rank holds one tensor at a time unless the caller keeps it.
+    Attributes:
+        catalogue: shape and dtype of every tensor of any rank, by name, in the order of the pass,
+            which is that of the names.
 
     Raises:
         AdapterMismatch: ranks disagree about a tensor, or their pieces do not cover it once.
     """
-    rank = rank_of(group)
-    mine = {name: _describe(tensor) for name, tensor in tensors.items()}
-    catalogue = _catalogue(gather_json(group, mine, timeout=timeout))
-    for name in sorted(catalogue):
-        whole = catalogue[name]
-        full = _assemble(name, whole, tensors.get(name), group) if rank == 0 else None
-        if rank != 0:
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None, *, timeout: float
+    ) -> None:
+        self._tensors = tensors
+        self._group = group
+        self._rank = rank_of(group)
+        held = gather_json(group, {n: _describe(t) for n, t in tensors.items()}, timeout=timeout)
+        found = _catalogue(held)
+        self.catalogue: dict[str, Whole] = {name: found[name] for name in sorted(found)}
+        self._pass = self._run()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The rest of the pass: (name, tensor), the tensor None on all ranks but the first.
+
+        The first rank gets a fresh contiguous CPU tensor each time, and holds one at a time unless
+        the caller keeps them.
+        """
+        return self._pass
+
+    def drain(self) -> None:
+        """Take part in what is left of the pass and drop it, so that no other rank waits."""
+        for _ in self._pass:
+            pass
+
+    def _run(self) -> Iterator[tuple[str, Tensor | None]]:
+        for name, whole in self.catalogue.items():
+            if self._rank == 0:
+                yield name, _assemble(name, whole, self._tensors.get(name), self._group)
+                continue
             for box in whole.boxes:
-                if box.owner == rank:
-                    dist.send(_local(tensors[name]), group=group, group_dst=0)
-        yield name, full
+                if box.owner == self._rank:
+                    dist.send(_local(self._tensors[name]), group=self._group, group_dst=0)
+            yield name, None
 
 
-def broadcast_full(
-    tensor: Tensor | None, group: dist.ProcessGroup | None, *, shape: tuple[int, ...], dtype: str
-) -> Tensor:
-    """Give the first rank's host tensor to every rank of the group."""
-    out = torch.empty(shape, dtype=dtype_named(dtype)) if tensor is None else tensor
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.broadcast(out, group=group, group_src=0)
-    return out
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The row-major bytes of a host tensor, as a copy of their own."""
+    data = bytearray(tensor.numel() * tensor.element_size())
+    if data:
+        target = torch.frombuffer(data, dtype=torch.uint8)
+        target.copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
+    return memoryview(data)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -125,13 +145,13 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _catalogue(held: list[dict[str, dict[str, Any]]]) -> dict[str, _Whole]:
+def _catalogue(held: list[dict[str, dict[str, Any]]]) -> dict[str, Whole]:
     """Choose one owner per box: the lowest rank that holds it."""
-    whole: dict[str, _Whole] = {}
+    whole: dict[str, Whole] = {}
     for owner, names in enumerate(held):
         for name, entry in names.items():
             shape, dtype = tuple(entry["shape"]), dtype_named(entry["dtype"])
-            known = whole.get(name, _Whole(shape, dtype, ()))
+            known = whole.get(name, Whole(shape, dtype, ()))
             if (known.shape, known.dtype) != (shape, dtype):
                 msg = (
                     f"{name} is {known.dtype} {known.shape} on an earlier rank, "
@@ -142,13 +162,13 @@ def _catalogue(held: list[dict[str, dict[str, Any]]]) -> dict[str, _Whole]:
             for offsets, sizes in entry["chunks"]:
                 box = _Box(owner, tuple(offsets), tuple(sizes))
                 boxes.setdefault((box.offsets, box.sizes), box)
-            whole[name] = _Whole(shape, dtype, tuple(boxes.values()))
+            whole[name] = Whole(shape, dtype, tuple(boxes.values()))
     for name, tensor in whole.items():
         _check_cover(name, tensor)
     return whole
 
 
-def _check_cover(name: str, whole: _Whole) -> None:
+def _check_cover(name: str, whole: Whole) -> None:
     """Refuse pieces that overlap or leave a hole: the file would hold wrong numbers."""
     held = sum(math.prod(box.sizes) for box in whole.boxes)
     if held == math.prod(whole.shape):
@@ -165,7 +185,7 @@ def _check_cover(name: str, whole: _Whole) -> None:
 
 
 def _assemble(
-    name: str, whole: _Whole, mine: Tensor | None, group: dist.ProcessGroup | None
+    name: str, whole: Whole, mine: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Receive the boxes of the other ranks and lay them next to this rank's own."""
     full = torch.empty(whole.shape, dtype=whole.dtype)

@@ -1,10 +1,11 @@
-"""The learning rate as a pure function of the number of updates done."""
+"""The optimizer, and its learning rate as a pure function of the number of updates done."""
 
 from __future__ import annotations
 
 import math
 
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .config import OptimizerConfig
@@ -32,6 +33,17 @@ def lr_factor(config: OptimizerConfig, update: int) -> float:
     done = min(1.0, (update - config.warmup_steps) / length)
     left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
+
+
+def build_optimizer(params: list[nn.Parameter], config: OptimizerConfig) -> AdamW:
+    """AdamW over the parameters, in one group."""
+    return AdamW(
+        params,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig) -> LambdaLR:

@@ -19,28 +19,49 @@ class EngineLike(Protocol):
 
     :class:`~archon_lora.engine.ArchonEngine` has it, and so does any object with these attributes.
 
-    Attributes:
-        cpu_group: a gloo group over all ranks, used for nothing but checkpoints; None for a single
-            process.
-        model_parts: the model, or this rank's pipeline stages.
-        optimizer: None where the engine does not train.
-        lr_scheduler: has ``state_dict``/``load_state_dict``, or None.
-        state_dict_adapter: maps names to HuggingFace's
-            (:class:`~archon_lora.models.base.BaseStateDictAdapter`).
-        model_config: the model's own configuration.
-        config: the engine's settings; ``path`` and ``dtype`` are read, and ``barrier_timeout``
-            (seconds) where there is one.
-        lora_config: the adapter's settings; None means that LoRA is off.
+    All members are read, none is set. ``config`` is the engine's settings: ``path`` (the base
+    model's directory) is read, and ``barrier_timeout`` (seconds) where there is one.
     """
 
-    cpu_group: dist.ProcessGroup | None
-    model_parts: list[nn.Module]
-    optimizer: Optimizer | None
-    lr_scheduler: Any
-    state_dict_adapter: Any
-    model_config: Any
-    config: Any
-    lora_config: Any
+    @property
+    def cpu_group(self) -> dist.ProcessGroup | None:
+        """A gloo group over all ranks for checkpoints alone; None for a single process."""
+        ...
+
+    @property
+    def model_parts(self) -> list[nn.Module]:
+        """The model, or this rank's pipeline stages."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """None where the engine does not train."""
+        ...
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """Has ``state_dict()`` and ``load_state_dict()``; or None."""
+        ...
+
+    @property
+    def state_dict_adapter(self) -> Any:
+        """Maps names to HuggingFace's, as :class:`~archon_lora.models.BaseStateDictAdapter`."""
+        ...
+
+    @property
+    def model_config(self) -> Any:
+        """The model's own configuration."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The engine's settings."""
+        ...
+
+    @property
+    def lora_config(self) -> Any:
+        """The adapter's settings; None means that LoRA is off."""
+        ...
 
     def get_version(self) -> int:
         """The policy version that the weights stand for."""

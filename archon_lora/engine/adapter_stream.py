@@ -1,0 +1,168 @@
+"""The adapter of a sharded model as one PEFT file, made on the first rank as it arrives.
+
+The file's layout, its checks and the bytes themselves are those of :mod:`ckpt.consolidate`; here is
+only the source that it reads: tensors that come over the group, in the order of the file. So the
+bytes do not depend on the number of ranks, and the first rank holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from archon_lora.adapter import applied_lora, get_adapter_params
+from archon_lora.errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
+from archon_lora.peft import peft_export
+from ckpt.consolidate import plan_adapter, stream_adapter
+from ckpt.dtypes import dtype_code
+from ckpt.peft import WeightsFile
+from ckpt.types import MODEL_PREFIX, AdapterExport, Chunk, TensorRecord, TensorRule
+
+from .agree import attempt, deadline_of, gather_json, rank_of
+from .gather import Gather, Whole, dtype_name, tensor_bytes
+from .types import EngineLike
+
+HOW_TO_ENABLE = "set use_lora=true (EngineConfig(lora=LoRAConfig(...)))"
+
+
+def require_lora(engine: EngineLike, doing: str) -> None:
+    """Refuse to go on where LoRA is off.
+
+    Raises:
+        LoRANotEnabled: names the setting to change.
+    """
+    if engine.lora_config is None:
+        msg = f"LoRA is not enabled on this engine: {HOW_TO_ENABLE} before {doing}"
+        raise LoRANotEnabled(msg)
+
+
+class AdapterStream:
+    """One save or hand-over of an adapter; every rank makes one and ends with :meth:`finish`.
+
+    Args:
+        engine: the engine, whose LoRA is on.
+        base_model_name: ``base_model_name_or_path`` of the PEFT configuration.
+        normalise: the serving form instead of the training form.
+
+    Attributes:
+        peft_config: content of ``adapter_config.json``.
+
+    Raises:
+        LoRANotEnabled: no LoRA in the model.
+        NoAdapterError: no rank holds an adapter parameter.
+        AdapterMismatch: ranks disagree about the adapter.
+    """
+
+    def __init__(self, engine: EngineLike, *, base_model_name: str, normalise: bool) -> None:
+        group, timeout = engine.cpu_group, deadline_of(engine)
+        held: dict[str, Tensor] = {}
+        mine: list[dict[str, Any]] = []
+        with attempt(group, what="collecting the adapter", timeout=timeout):
+            for part in _adapted_parts(engine.model_parts):
+                export = peft_export(part, normalise=normalise, base_model_name=base_model_name)
+                params = get_adapter_params(part)
+                held.update({rule["key"]: params[rule["source"]] for rule in export["rules"]})
+                mine.append({**export, "modules": list(applied_lora(part).matched.values())})
+        exports = [e for rank in gather_json(group, mine, timeout=timeout) for e in rank]
+        rules = {rule["key"]: TensorRule(**rule) for e in exports for rule in e["rules"]}
+        if not rules:
+            kinds = ", ".join(type(part).__name__ for part in engine.model_parts) or "no model"
+            msg = (
+                f"LoRA is configured, but {kinds} has no adapter parameters, so there is nothing "
+                "to save; check target_modules and that apply_lora() ran before sharding"
+            )
+            raise NoAdapterError(msg)
+        self.peft_config = _merge_configs(exports)
+        self._export = AdapterExport(self.peft_config, tuple(rules.values()))
+        self._group: dist.ProcessGroup | None = group
+        self._gather = Gather(held, group, timeout=timeout)
+        self._dtype = _common_dtype(self._gather.catalogue)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the rank that gets the tensors."""
+        return rank_of(self._group) == 0
+
+    def weights(self) -> WeightsFile:
+        """The weights file, whose bytes arrive while it is read; on the writer, once.
+
+        Raises:
+            StateError: the export does not fit the tensors.
+            NonFiniteError: while reading; a value is NaN or infinite.
+        """
+        source = _Arriving(self._gather, self._export)
+        plan = plan_adapter(self._export, source.records, self._dtype)
+        return WeightsFile(plan.size, stream_adapter(plan, source))
+
+    def finish(self) -> None:
+        """Send, or drop, what was not asked for, so that no rank is left waiting."""
+        self._gather.drain()
+
+
+class _Arriving:
+    """A :class:`ckpt.source.TensorSource` over a gather: a "file" is a tensor by its PEFT key."""
+
+    def __init__(self, gather: Gather, export: AdapterExport) -> None:
+        self._tensors = iter(gather)
+        self._current: tuple[str, memoryview] = ("", memoryview(b""))
+        self.records: Mapping[str, TensorRecord] = {
+            f"{MODEL_PREFIX}{rule.source}": _record(rule, gather.catalogue[rule.key])
+            for rule in export.rules
+        }
+
+    def read(self, file: str, start: int, end: int) -> memoryview:
+        """Bytes of a tensor; tensors must be asked for in the order of their keys."""
+        while self._current[0] != file:
+            key, tensor = next(self._tensors, (None, None))
+            if key is None or tensor is None:
+                msg = f"{file} does not arrive in the order in which it is asked for"
+                raise AdapterMismatch(msg)
+            self._current = (key, tensor_bytes(tensor))
+        return self._current[1][start:end]
+
+
+def _record(rule: TensorRule, whole: Whole) -> TensorRecord:
+    size = whole.dtype.itemsize
+    for extent in whole.shape:
+        size *= extent
+    chunk = Chunk((0,) * len(whole.shape), whole.shape, rule.key, 0, size)
+    return TensorRecord(
+        f"{MODEL_PREFIX}{rule.source}", dtype_code(whole.dtype), whole.shape, (chunk,)
+    )
+
+
+def _adapted_parts(parts: list[nn.Module]) -> list[nn.Module]:
+    """Parts with adapter parameters; a pipeline stage may have none."""
+    return [part for part in parts if get_adapter_params(part)]
+
+
+def _merge_configs(exports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One configuration for all stages.
+
+    Stages may need different target names. Whole module names, which match themselves alone, then
+    take their place.
+
+    Raises:
+        AdapterMismatch: stages differ in something else.
+    """
+    first = dict(exports[0]["peft_config"])
+    for export in exports[1:]:
+        other = {**export["peft_config"], "target_modules": first["target_modules"]}
+        if other != first:
+            wrong = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
+            msg = f"model parts have adapters of different settings: {', '.join(wrong)}"
+            raise AdapterMismatch(msg)
+    if any(e["peft_config"] != first for e in exports):
+        first["target_modules"] = sorted({name for e in exports for name in e["modules"]})
+    return first
+
+
+def _common_dtype(catalogue: Mapping[str, Whole]) -> str:
+    dtypes = sorted({dtype_name(whole.dtype) for whole in catalogue.values()})
+    if len(dtypes) != 1:
+        msg = f"the adapter's parameters have several dtypes ({', '.join(dtypes)}); want one"
+        raise AdapterMismatch(msg)
+    return dtypes[0]
