@@ -84,15 +84,15 @@ def process_group(timeout_s: float) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.initprocess_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         # Alone: a store in memory opens no socket.
-        dist.initprocess_group(
+        dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     yield
     # Not in a finally: after a failure the peers may be gone, and this would wait for them.
-    dist.destroyprocess_group()
+    dist.destroy_process_group()
 
 
 @dataclass(slots=True)
