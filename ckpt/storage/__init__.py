@@ -46,6 +46,12 @@ def open_storage(
             msg = "the path of a store is empty"
             raise ConfigError(msg)
         return PosixStorage(text)
-    from .fsspec_store import FsspecStorage  # fsspec is slow to import and not always needed
+    options = dict(storage_options or {})
+    # fsspec and s3fs are slow to import, and a run on local disks needs neither.
+    if scheme in {"s3", "s3a"}:
+        from .s3 import S3Storage
 
-    return FsspecStorage(text, dict(storage_options or {}))
+        return S3Storage(text, options)
+    from .fsspec_store import FsspecStorage
+
+    return FsspecStorage(text, options)

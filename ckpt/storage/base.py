@@ -100,3 +100,7 @@ class Storage(Protocol):
     def local_path(self, path: str) -> Path | None:
         """The path on this machine's file system, or None where there is none."""
         ...
+
+    def close(self) -> None:
+        """Release connections; a later call opens new ones."""
+        ...

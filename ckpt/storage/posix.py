@@ -65,6 +65,9 @@ class PosixStorage:
         """Where a file or directory lies."""
         return self._locate(path, root_allowed=True)
 
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes ``[start, end)`` of a file."""
         with self._reading(path) as (fd, size):

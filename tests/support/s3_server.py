@@ -1,0 +1,137 @@
+"""An S3 server for tests: moto on loopback, or the one the AWS variables name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import boto3
+from botocore.config import Config
+
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where a server listens and how to talk to it.
+
+    Attributes:
+        endpoint_url: its address.
+        bucket: a bucket that this test alone uses.
+        environment: variables that point any AWS client, also in a child process, to it.
+        storage_options: what ``open_storage`` takes.
+    """
+
+    endpoint_url: str
+    bucket: str
+    environment: dict[str, str] = field(repr=False)
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        return {
+            "endpoint_url": self.endpoint_url,
+            "key": self.environment["AWS_ACCESS_KEY_ID"],
+            "secret": self.environment["AWS_SECRET_ACCESS_KEY"],
+        }
+
+    def url(self, prefix: str = "run") -> str:
+        """A prefix that nobody else uses."""
+        return f"s3://{self.bucket}/{prefix}-{uuid.uuid4().hex[:12]}"
+
+    def client(self):
+        """A boto3 client: a second opinion on what lies in the bucket. Close it after use."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.environment["AWS_DEFAULT_REGION"],
+            config=Config(request_checksum_calculation="when_required"),
+        )
+
+    def with_new_bucket(self) -> S3Server:
+        bucket = f"ckpt-{uuid.uuid4().hex[:20]}"
+        with contextlib.closing(self.client()) as client:
+            client.create_bucket(Bucket=bucket)
+        return replace(self, bucket=bucket)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(endpoint_url: str, key: str, secret: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint_url,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
+        # A machine's own settings and proxies must not lead the tests elsewhere.
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[S3Server]:
+    """The server of the environment, or a moto server that ends with the block."""
+    named = os.environ.get("AWS_ENDPOINT_URL")
+    if named:
+        key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+        yield S3Server(named, "", _environment(named, key, secret))
+        return
+    port = _free_port()
+    server = S3Server(
+        f"http://127.0.0.1:{port}",
+        "",
+        _environment(f"http://127.0.0.1:{port}", "access-key-of-tests", "secret-key-of-tests"),
+    )
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "moto.server",
+                "-H",
+                "127.0.0.1",
+                "-p",
+                str(port),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            _wait_until_ready(process, port, log)
+            yield server
+        finally:
+            process.kill()
+            process.wait(timeout=30)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    log.seek(0)
+    text = log.read().decode(errors="replace")[-2000:]
+    raise RuntimeError(f"the S3 server did not start on port {port}: {text}")
