@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from .config import FrozenMap, LoRAConfig
 from .errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
 from .names import canonical_fqn, canonical_modules, canonical_parameters, unwrap_ddp
+from .placement import reshard
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
 
 
 def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All adapter parameters of a model.
+    """All adapter parameters of a model; those of FSDP2 as shards, whatever ran before.
 
     Args:
         model: any tree: plain, sharded, wrapped by activation checkpointing, compile or DDP.
@@ -93,6 +94,7 @@ def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
         AdapterMismatch: a module names a parameter that it does not have, or holds one that
             requires a gradient and that no adapter module names (it would train unsaved).
     """
+    reshard(model)
     found: dict[str, nn.Parameter] = {}
     trainable: dict[str, str] = {}
     for name, module in adapter_modules(model):
@@ -135,6 +137,7 @@ def set_trainable_params(model: nn.Module, names: Iterable[str]) -> None:
     if not wanted:
         msg = "no parameter was named: nothing would train; apply_lora() comes first"
         raise NoAdapterError(msg)
+    reshard(model)
     parameters = dict(canonical_parameters(model))
     unknown = sorted(wanted - parameters.keys())
     if unknown:

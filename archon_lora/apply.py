@@ -23,6 +23,7 @@ from .errors import LoRAConfigError, NoAdapterError, TargetError
 from .linear import LoRALinear, check_base
 from .names import canonical_modules
 from .peft import peft_export
+from .placement import reshard
 from .targets import head_names, match_targets
 
 _log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def initialise_adapters(model: nn.Module) -> None:
         if not isinstance(module, ResettableAdapter):
             msg = f"{type(module).__name__} {name!r} has adapter parameters but no reset_adapter()"
             raise NoAdapterError(msg)
+    reshard(model)
     for _, module in found:
         if isinstance(module, ResettableAdapter):
             module.reset_adapter()

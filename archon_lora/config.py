@@ -194,7 +194,7 @@ class LoRAConfig:
         return cls(
             rank=_rank("lora_rank", values["lora_rank"]),
             alpha=_alpha("lora_alpha", values["lora_alpha"]),
-            target_modules=ALL_LINEAR if targets is None or len(targets) == 0 else targets,
+            target_modules=ALL_LINEAR if targets in (None, [], ()) else targets,
         )
 
     def to_peft(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .names import canonical_modules
+from .placement import reshard
 
 
 @runtime_checkable
@@ -56,6 +57,7 @@ def iter_merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Yields:
         Pairs (canonical FQN of the weight, fp32 tensor), in the order of the modules.
     """
+    reshard(model)
     for name, module in canonical_modules(model):
         if isinstance(module, Mergeable):
             yield (f"{name}.weight" if name else "weight"), module.merged_weight()

@@ -20,7 +20,7 @@ from .linear import LoRALinear
 from .names import canonical_modules
 from .peft_config import check_fields
 from .peft_keys import PEFT_PREFIX, Factor, parse_peft_key, peft_key
-from .placement import copy_local_, local_slice
+from .placement import copy_local_, local_slice, reshard
 from .targets import target_names
 
 __all__ = [
@@ -180,11 +180,18 @@ def adapter_values(
         LoRAConfigError: options or values that cannot be.
         AdapterMismatch: the adapter does not fit.
     """
+    reshard(model)
     layers = _layers(model, applied_lora(model))
     written = _written_config(peft_config)
     reader = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
-    keys = _match_keys(reader, layers)
-    _check_shapes(reader, keys, layers, written)
+    keys, problems = _match_keys(reader, layers)
+    problems += _misshapen(reader, keys, layers, written)
+    if problems:
+        msg = (
+            f"the adapter does not fit the model, which has {len(layers)} adapted modules: "
+            f"{'; '.join(problems)}; check target_modules and rank"
+        )
+        raise AdapterMismatch(msg)
     return [
         (_parameter(layer, factor), _value(reader, keys[hf, factor], layer, hf, factor, written))
         for hf, layer in layers.items()
@@ -224,12 +231,8 @@ def _written_config(peft_config: Mapping[str, Any]) -> LoRAConfig:
 
 def _match_keys(
     reader: TensorReader, layers: Mapping[str, LoRALinear]
-) -> dict[tuple[str, Factor], str]:
-    """The file's key of every factor.
-
-    Raises:
-        AdapterMismatch: keys missing, unexpected or double.
-    """
+) -> tuple[dict[tuple[str, Factor], str], list[str]]:
+    """The file's key of every factor, and which keys are missing, unexpected or double."""
     keys: dict[tuple[str, Factor], str] = {}
     unexpected, double = [], []
     for key in reader.keys():  # noqa: SIM118 - a reader is not a mapping
@@ -246,27 +249,16 @@ def _match_keys(
             keys[factor] = key
     missing = [peft_key(hf, f) for hf in layers for f in _FACTORS if (hf, f) not in keys]
     found = (("missing", missing), ("unexpected", unexpected), ("given twice", double))
-    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
-    if problems:
-        msg = (
-            f"the adapter does not fit the model, which has {len(layers)} adapted modules: "
-            f"{'; '.join(problems)}; check target_modules"
-        )
-        raise AdapterMismatch(msg)
-    return keys
+    return keys, [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
 
 
-def _check_shapes(
+def _misshapen(
     reader: TensorReader,
     keys: Mapping[tuple[str, Factor], str],
     layers: Mapping[str, LoRALinear],
     written: LoRAConfig,
-) -> None:
-    """Every tensor has the rank that the file's config says, and fits the model.
-
-    Raises:
-        AdapterMismatch: with all that do not.
-    """
+) -> list[str]:
+    """Tensors that have another rank than the file's config says, or do not fit the model."""
     wrong = []
     for (hf, factor), key in keys.items():
         layer = layers[hf]
@@ -277,9 +269,7 @@ def _check_shapes(
             wrong.append(f"{key}: the file has {shape}, r={rank} and the model want {wanted}")
         elif rank < layer.rank:
             wrong.append(f"{key}: the file has rank {rank}, the model {layer.rank}; set rank")
-    if wrong:
-        msg = f"{len(wrong)} of the adapter's tensors do not fit the model: {_some(wrong)}"
-        raise AdapterMismatch(msg)
+    return [f"{len(wrong)} of the wrong shape: {_some(wrong)}"] if wrong else []
 
 
 def _value(

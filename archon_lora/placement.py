@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .errors import AdapterMismatch
@@ -60,3 +61,15 @@ def copy_local_(parameter: Tensor, part: Tensor) -> None:
     """Copy values of this rank's slice into its local tensor, casting to its dtype."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(part)
+
+
+def reshard(model: nn.Module) -> None:
+    """Make sure that the parameters of FSDP2 modules are their shards.
+
+    After a forward without a backward, e.g. one of the reference model, FSDP2 leaves the root's
+    parameters gathered and cast to the computing dtype. Read then, fp32 adapters would come out
+    rounded; written then, the values would be lost. Local and cheap; not for use during a forward.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
