@@ -118,7 +118,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
     if step is None:
         return _newest(storage, lineage)
     tries = [pair for pair in found if pair[0] == step and (epoch is None or pair[1] == epoch)]
-    counted = [pair for pair in tries if pair in lineage]
+    counted = [pair for pair in lineage if pair in tries]  # the newest writer's try first
     if epoch is None and tries and not counted:
         writers = ", ".join(str(pair[1]) for pair in tries)
         msg = (

@@ -24,7 +24,7 @@ from .catalog import find_step
 from .coverage import tiling_problem
 from .dtypes import TORCH_DTYPES
 from .errors import ConfigError, DamagedError, NoCheckpoint, NonFiniteError, StateError
-from .peft import WeightsFile, WrittenAdapter, write_adapter_dir
+from .peft import WeightsFile, WrittenAdapter, local_directory, write_adapter_dir
 from .peft_config import EXPORT_DTYPES, check_export, rank_of, split_key
 from .source import MemorySource, StepSource, TensorSource
 from .storage import open_storage
@@ -277,7 +277,8 @@ def _encode(block: torch.Tensor, dtype: torch.dtype, rule: TensorRule) -> memory
     buffer = bytearray(block.numel() * dtype.itemsize)
     out = torch.frombuffer(buffer, dtype=dtype)
     out.copy_(block.view(-1))
-    if not bool(torch.isfinite(out).all()):
+    # The extremes carry NaN and infinity along, at a small part of an element-wise test's cost.
+    if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(out)):
         name = f"{rule.key!r} (from {rule.source!r})"
         if bool(torch.isfinite(block).all()):
             largest = torch.finfo(dtype).max
@@ -319,7 +320,8 @@ def consolidate(
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         overwrite: replace an adapter that is at ``out`` already.
         storage_options: for the root's store.
-        out_storage_options: for the store of ``out``; by default those of the root.
+        out_storage_options: for the store of ``out``; for a remote one those of the root by
+            default.
 
     Raises:
         NoCheckpoint: no such step, or it carries no adapter export.
@@ -340,7 +342,9 @@ def consolidate(
         raise NoCheckpoint(msg)
     source = StepSource(storage, entry.path, manifest)
     plan = plan_adapter(manifest.export, source.records, dtype)
-    options = storage_options if out_storage_options is None else out_storage_options
+    options = out_storage_options
+    if options is None and local_directory(out) is None:
+        options = storage_options
     written = write_adapter_dir(
         out,
         WeightsFile(plan.size, stream_adapter(plan, source)),
