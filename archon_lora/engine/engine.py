@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from archon_lora.errors import EngineNotReady, NonFiniteGradient
 from archon_lora.models import BaseStateDictAdapter, base_fingerprint
+from archon_lora.placement import reshard
 
 from .batch import (
     Batch,
@@ -33,7 +34,7 @@ from .build import BuiltModel, build_model
 from .config import EngineConfig, OptimizerConfig
 from .grad_norm import clip_grad_norm
 from .groups import Groups, close_groups, open_groups
-from .inference import next_token_logprobs, reference_mode, reshard
+from .inference import next_token_logprobs, reference_mode
 from .schedule import build_optimizer, build_scheduler
 from .types import FullWeightSink, SaveLoadMeta, WeightSink
 

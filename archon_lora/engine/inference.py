@@ -1,4 +1,4 @@
-"""Forward passes without gradients: gathered weights, the frozen reference, log-probabilities."""
+"""Forward passes without gradients: the frozen reference, and log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from archon_lora.errors import LoRANotEnabled
-
-
-def reshard(model: nn.Module) -> None:
-    """Free gathered weights, so that ``parameters()`` are the shards again.
-
-    FSDP leaves the root's weights gathered after a forward without a backward, and a checkpoint
-    taken then would see plain tensors.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def reference_mode(model: nn.Module, *, has_lora: bool) -> AbstractContextManager[None]:

@@ -1,0 +1,81 @@
+"""Every setting is checked when it is made; the error says what was given and what is wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from archon_lora.config import LoRAConfig
+from archon_lora.engine import EngineConfig, OptimizerConfig, SaveLoadMeta
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lr", 0.0, r"lr must be a number > 0, got 0\.0"),
+        ("lr", "1e-4", "lr must be a number > 0, got '1e-4'"),
+        ("lr", math.nan, "lr must be a number > 0, got nan"),
+        ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
+        ("betas", (0.9,), "betas must be two numbers"),
+        ("eps", -1.0, "eps must be a number > 0"),
+        ("weight_decay", -0.1, "weight_decay must be a number >= 0"),
+        ("grad_clip", 0, "grad_clip must be a number > 0, or None for no clipping, got 0"),
+        ("norm_type", 1.0, r"norm_type must be 2 or inf, got 1\.0"),
+        ("schedule", "step", "schedule must be one of constant, linear, cosine, got 'step'"),
+        ("warmup_steps", -1, "warmup_steps must be an integer >= 0, got -1"),
+        ("warmup_steps", True, "warmup_steps must be an integer >= 0, got True"),
+        ("total_steps", 0, r"total_steps must be an integer above warmup_steps \(0\)"),
+        ("min_lr_ratio", 1.5, r"min_lr_ratio must be in \[0, 1\], got 1\.5"),
+        ("on_nonfinite", "ignore", "on_nonfinite must be one of raise, skip, got 'ignore'"),
+    ],
+)
+def test_optimizer_values(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**{field: value})
+
+
+def test_a_decay_needs_its_end() -> None:
+    with pytest.raises(ValueError, match="total_steps must be given for schedule='cosine'"):
+        OptimizerConfig(schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("path", "", "path must be a model directory, got ''"),
+        ("dtype", "fp8", "dtype must be one of float32, bfloat16, got 'fp8'"),
+        ("device", "tpu", "device must be one of auto, cpu, cuda, got 'tpu'"),
+        ("lora", {"rank": 8}, r"lora must be a LoRAConfig, or None, got \{'rank': 8\}"),
+        ("optimizer", "adamw", "optimizer must be an OptimizerConfig, or None"),
+        ("micro_batches", 0, "micro_batches must be an integer >= 1, got 0"),
+        ("compile", 1, "compile must be true or false, got 1"),
+        ("seed", -1, "seed must be an integer >= 0, got -1"),
+        ("barrier_timeout", 0, "barrier_timeout must be a number > 0, got 0"),
+        ("temperature", math.inf, "temperature must be a number > 0, got inf"),
+    ],
+)
+def test_engine_values(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**{"path": "model", field: value})
+
+
+def test_configs_are_frozen_and_compare_by_value() -> None:
+    first = EngineConfig(path="model", lora=LoRAConfig(rank=8))
+    assert first == EngineConfig(path="model", lora=LoRAConfig(rank=8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.path = "other"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path": ""}, "path must name a directory"),
+        ({"path": "x", "weight_format": "pt"}, "weight_format must be 'hf' or 'dcp', got 'pt'"),
+        ({"path": "x", "naive_distributed": True}, "naive_distributed=True is not supported"),
+    ],
+)
+def test_save_load_meta(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SaveLoadMeta(**values)
