@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from archon_lora import LoRAConfig
 from support import ranks_lora
 from support.spawn import run_ranks
+
+from archon_lora import LoRAConfig
 
 pytestmark = pytest.mark.dist
 
