@@ -5,7 +5,9 @@ Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -61,6 +63,7 @@ def train(
     from archon_lora.rl.config import load_config
     from archon_lora.rl.loop import run_training
 
+    logging.basicConfig(format=f"archon-lora{_rank_note()}: %(message)s", level=logging.WARNING)
     run_training(load_config(config, overrides or ()))
 
 
@@ -91,6 +94,8 @@ def demo(
     """Train, kill, resume, reshard, export and check every step of it, on an embedded S3."""
     from archon_lora.rl.demo.run import DemoSettings, run_demo
 
+    # The default would end this process at once and leave its children behind.
+    signal.signal(signal.SIGTERM, _stop)
     report = run_demo(out, DemoSettings(), console=Console())
     if not report.passed:
         raise typer.Exit(FAILED)
@@ -109,19 +114,29 @@ def main() -> None:
         _fail(err, FAILED)
 
 
+def _stop(number: int, frame: object) -> None:
+    """Leave as an exception does, so that every child is ended on the way out."""
+    raise SystemExit(128 + number)
+
+
 def _fail(error: Exception, status: int) -> None:
     """Say what failed and end the process at once.
 
     A plain exit would first join every thread, and one of them may be waiting for a rank that
     has died: the others must not outlive it by a deadline of minutes.
     """
-    rank = os.environ.get("RANK")
-    where = "" if rank is None else f" [rank {rank}]"
     text = str(error) or type(error).__name__
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     sys.stdout.flush()
-    sys.stderr.write(f"archon-lora{where}: {text}\n")
+    sys.stderr.write(f"archon-lora{_rank_note()}: {text}{notes}\n")
     sys.stderr.flush()
     os._exit(status)
+
+
+def _rank_note() -> str:
+    """Which rank speaks, under a launcher."""
+    rank = os.environ.get("RANK")
+    return "" if rank is None else f" [rank {rank}]"
 
 
 if __name__ == "__main__":

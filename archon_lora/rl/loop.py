@@ -9,7 +9,6 @@ collectives, and only on the main thread.
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -42,9 +41,10 @@ from archon_lora.rl.rollout import (
     unpack,
 )
 from archon_lora.rl.trainer import train_on
-from ckpt import CheckpointManager, SaveHandle, TrainState
+from ckpt import CheckpointManager, CkptError, TrainState
 
-_log = logging.getLogger(__name__)
+_LAST_COMMITS_S = 5.0
+"""Seconds that a failed run gives to the commits that are under way."""
 
 
 def run_training(config: TrainConfig) -> None:
@@ -74,8 +74,12 @@ def run_training(config: TrainConfig) -> None:
         stack.callback(engine.close)
         run = Run(config, engine, build_manager(config))
         stack.callback(run.queue.close)
-        run.restore()
-        run.train()
+        try:
+            run.restore()
+            run.train()
+        except Exception as error:
+            run.abandon(error)
+            raise
 
 
 @contextmanager
@@ -87,9 +91,8 @@ def process_group(timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # Alone: a store in memory opens no socket.
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in the stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     yield
     # Not in a finally: after a failure the peers may be gone, and this would wait for them.
     dist.destroy_process_group()
@@ -170,6 +173,16 @@ class Run:
                 raise TrainConfigError(msg)
         self.version = self.progress.load()
 
+    def abandon(self, error: Exception) -> None:
+        """After a failure: let commits under way finish, for as long as that may help.
+
+        If the failure is that of a peer, their votes can never be complete, and this gives up.
+        """
+        try:
+            self.manager.wait(_LAST_COMMITS_S)
+        except CkptError as problem:
+            error.add_note(f"the last save was not committed: {problem}")
+
     # -- the loop ------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -177,10 +190,12 @@ class Run:
         start = 0 if self.restored is None else self.restored + 1
         total = self.config.run.steps
         first = self.engine.rank == 0
-        writer = MetricsWriter(Path(self.config.run.metrics)) if first else None
         start_record = self._start_record(start)
-        with ProgressDisplay(total=total, start=start, enabled=first) as display:
-            if writer is not None:
+        with ExitStack() as stack:
+            display = stack.enter_context(ProgressDisplay(total=total, start=start, enabled=first))
+            writer = None
+            if first:
+                writer = stack.enter_context(MetricsWriter(Path(self.config.run.metrics)))
                 writer.write(start_record)
                 display.say(_describe_start(start_record, self.config.checkpoint.root))
             for step in range(start, total):
@@ -191,7 +206,6 @@ class Run:
             self.manager.close()
             if writer is not None:
                 writer.write({"event": "end", "version": self.version})
-                writer.close()
 
     def step(self, step: int) -> dict[str, Any]:
         """Generate ahead, train, save; returns the metrics."""
@@ -260,8 +274,8 @@ class Run:
             return 0.0, False
         publish = bool(section.publish_every) and (done % section.publish_every == 0 or last)
         began = time.perf_counter()
-        handle: SaveHandle = self.manager.save(step, self.state, publish=publish)
-        del handle  # close() and the next save() raise what failed in the background
+        # What fails in the background is raised by the next save(), or by close().
+        self.manager.save(step, self.state, publish=publish)
         return (time.perf_counter() - began) * 1e3, publish
 
     def _start_record(self, start: int) -> dict[str, Any]:
@@ -284,5 +298,5 @@ def _describe_start(record: Mapping[str, Any], root: str) -> str:
         return f"starting on {ranks}; checkpoints go to {root}"
     return (
         f"resuming on {ranks} after step {record['restored']} of {root}, policy version "
-        f"{record['version']}, batches in flight: {record['in_flight']}"
+        f"{record['version']}; batches in flight {record['in_flight']}, split over the ranks anew"
     )

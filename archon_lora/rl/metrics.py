@@ -43,6 +43,17 @@ class MetricsWriter:
         """Close the file."""
         self._file.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 def _end_torn_line(path: Path) -> None:
     """End a line that a killed predecessor left unfinished, lest the next one be glued to it."""

@@ -113,8 +113,8 @@ class Child:
                 raise ChildFailed(msg)
             time.sleep(_POLL_SECONDS)
 
-    def tail(self, lines: int = 30) -> str:
-        """The end of the log."""
+    def tail(self, lines: int = 80) -> str:
+        """The end of the log; a launcher's own report alone takes 50 lines of it."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return f"--- end of {self.log} ---\n" + "\n".join(text.splitlines()[-lines:])
 

@@ -11,14 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_PIPE_WIDTH = 140
+_MARKS = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]noted[/]"}
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim, what was measured, and whether it holds."""
+    """One claim, what was measured, and whether it holds (None: a measurement, not a claim)."""
 
     claim: str
     measured: str
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(slots=True)
@@ -33,10 +36,15 @@ class Report:
         """Note one finding."""
         self.checks.append(Check(claim=claim, measured=measured, passed=passed))
 
+    def note(self, what: str, measured: str) -> None:
+        """Note a measurement that nothing is claimed about."""
+        self.checks.append(Check(claim=what, measured=measured, passed=None))
+
     @property
     def passed(self) -> bool:
         """Whether there are checks and all of them hold."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        verdicts = [check.passed for check in self.checks if check.passed is not None]
+        return bool(verdicts) and all(verdicts)
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
@@ -55,9 +63,9 @@ class Report:
         table.add_column("measured", overflow="fold")
         table.add_column("", justify="right")
         for check in self.checks:
-            mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
-            table.add_row(check.claim, check.measured, mark)
-        console.print(table)
+            table.add_row(check.claim, check.measured, _MARKS[check.passed])
+        # Without a terminal rich assumes 80 columns, which folds every cell.
+        console.print(table, width=None if console.is_terminal else _PIPE_WIDTH)
         total = sum(self.seconds.values())
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in self.seconds.items())
         console.print(f"{total:.1f} s ({parts})", markup=False, highlight=False)

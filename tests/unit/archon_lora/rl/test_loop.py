@@ -1,0 +1,193 @@
+"""The loop on one rank: staleness, exact resume, cadence, and what a resume refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from archon_lora.errors import TrainConfigError
+from archon_lora.models.tiny import write_tiny_qwen2
+from archon_lora.rl import loop
+from archon_lora.rl.config import load_config
+from archon_lora.rl.demo.findings import EXACT, bits
+from archon_lora.rl.loop import run_training
+from archon_lora.rl.metrics import read_events, read_metrics
+from ckpt import CkptError
+from ckpt.catalog import list_steps
+from ckpt.storage import open_storage
+from ckpt.versions import list_versions
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_qwen2(tmp_path_factory.mktemp("m") / "tiny", hidden=32, layers=1, std=0.1)
+
+
+@pytest.fixture
+def start(tmp_path, tiny):
+    """Trains run ``name`` with overrides; returns its metrics by step."""
+
+    def train(name, *overrides):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f"""
+            [run]
+            metrics = "{tmp_path / name}.jsonl"
+            [model]
+            path = "{tiny}"
+            [rollout]
+            prompts_per_step = 2
+            group_size = 3
+            max_new_tokens = 4
+            [checkpoint]
+            root = "{tmp_path / name}"
+        """)
+        try:
+            run_training(load_config(path, overrides))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return read_metrics(tmp_path / f"{name}.jsonl")
+
+    return train
+
+
+def exact(records):
+    return {step: [bits(r[key]) for key in EXACT] for step, r in records.items()}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_staleness_is_bounded_and_a_resume_is_exact(start, tmp_path, staleness):
+    setting = f"rollout.max_staleness={staleness}"
+    whole = start("whole", "run.steps=7", setting)
+    assert [r["staleness"] for r in whole.values()] == [min(s, staleness) for s in range(7)]
+    start("parts", "run.steps=3", setting)
+    parts = start("parts", "run.steps=7", setting)
+    assert exact(parts) == exact(whole)
+    first, second = read_events(tmp_path / "parts.jsonl", "start")
+    assert (first["restored"], second["restored"]) == (None, 2)
+    assert second["in_flight"] == list(range(3, 3 + staleness))
+    assert len({record["loss"] for record in whole.values()}) == 7
+
+
+def test_another_seed_is_another_run(start):
+    assert exact(start("a", "run.steps=2")) != exact(start("b", "run.steps=2", "run.seed=1"))
+
+
+def test_cadence_of_saves_and_versions(start, tmp_path):
+    start(
+        "run",
+        "run.steps=7",
+        "checkpoint.save_every=2",
+        "checkpoint.publish_every=4",
+        "checkpoint.keep_latest=10",
+    )
+    storage = open_storage(tmp_path / "run")
+    assert [entry.step for entry in list_steps(storage)] == [1, 3, 5, 6]
+    assert [v.manifest.step for v in list_versions(storage)] == [3, 6]
+    assert [v.manifest.policy_version for v in list_versions(storage)] == [4, 7]
+
+
+def test_retention_keeps_the_newest_and_every_kth(start, tmp_path):
+    start(
+        "run",
+        "run.steps=7",
+        "checkpoint.keep_latest=2",
+        "checkpoint.keep_every=3",
+        "checkpoint.keep_versions=1",
+        "checkpoint.publish_every=2",
+    )
+    storage = open_storage(tmp_path / "run")
+    assert [entry.step for entry in list_steps(storage)] == [0, 3, 5, 6]
+    assert [v.manifest.step for v in list_versions(storage)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("rollout.group_size=4", "rollout"),
+        ("task.kinds=['upper']", "task"),
+        ("run.seed=9", "seed"),
+    ],
+)
+def test_what_the_batches_in_flight_depend_on_may_not_change(start, override, section):
+    start("run", "run.steps=2")
+    with pytest.raises(TrainConfigError, match=rf"\[{section}\] differs from the checkpoint's"):
+        start("run", "run.steps=4", override)
+
+
+def test_what_they_do_not_depend_on_may_change(start):
+    start("run", "run.steps=2")
+    records = start("run", "run.steps=3", "optimizer.warmup_steps=0", "checkpoint.publish_every=0")
+    assert sorted(records) == [0, 1, 2]
+    assert not records[2]["published"]
+
+
+def test_a_finished_run_started_again_does_nothing(start, tmp_path):
+    before = start("run", "run.steps=2")
+    after = start("run", "run.steps=2")
+    assert exact(before) == exact(after)
+    assert [e["restored"] for e in read_events(tmp_path / "run.jsonl", "start")] == [None, 1]
+
+
+def test_fresh_starts_over(start, tmp_path):
+    start("run", "run.steps=2")
+    start("run", "run.steps=2", "checkpoint.fresh=true")
+    assert [e["restored"] for e in read_events(tmp_path / "run.jsonl", "start")] == [None, None]
+
+
+def test_more_ranks_than_samples_are_refused(start, monkeypatch):
+    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 7)
+    with pytest.raises(TrainConfigError, match=r"7 ranks cannot share 6 samples a step; raise"):
+        start("run", "run.steps=1")
+
+
+def test_an_error_in_a_step_still_lets_the_save_before_it_commit(start, tmp_path, monkeypatch):
+    honest = loop.train_on
+
+    def failing(engine, batch, config, *, group):
+        if batch.step == 2:
+            raise ZeroDivisionError("by hand")
+        return honest(engine, batch, config, group=group)
+
+    monkeypatch.setattr(loop, "train_on", failing)
+    with pytest.raises(ZeroDivisionError):
+        start("run", "run.steps=4")
+    assert [entry.step for entry in list_steps(open_storage(tmp_path / "run"))] == [0, 1]
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(start, tmp_path, monkeypatch):
+    honest = loop.Run._save
+
+    def sabotaged(run, step):
+        if step == 1:
+            run.manager._pipeline.run = lambda job: (_ for _ in ()).throw(CkptError("disk full"))
+        return honest(run, step)
+
+    monkeypatch.setattr(loop.Run, "_save", sabotaged)
+    with pytest.raises(CkptError, match="disk full"):
+        start("run", "run.steps=9")
+    assert len(read_metrics(tmp_path / "run.jsonl")) < 9
+
+
+def test_the_adapter_is_sampled_as_it_was_when_the_batch_was_launched(start, monkeypatch):
+    """Version v's tensors, not whatever the trainer has made of them meanwhile."""
+    seen = {}
+    honest = loop.build_maker
+
+    def spying(config, engine):
+        maker = honest(config, engine)
+
+        def make(step, version, first, adapter):
+            seen.setdefault(version, {k: v.clone() for k, v in adapter.items()})
+            batch = maker.make(step, version, first, adapter)
+            assert all(bool((seen[version][k] == v).all()) for k, v in adapter.items())
+            return batch
+
+        return SimpleNamespace(make=make)
+
+    monkeypatch.setattr(loop, "build_maker", spying)
+    start("run", "run.steps=4")
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert any(bool((seen[0][k] != seen[1][k]).any()) for k in seen[0])
