@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +19,9 @@ from archon_lora.models import get_model_spec, hf_files, load_hf_weights, load_p
 from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model
 
 SEED_TOKENS = 17
+
+ADAPTER = LoRAConfig(rank=1, alpha=2)
+"""Rank 1: split over its rank, an adapter would leave ranks without any of A."""
 
 
 @dataclass
@@ -95,7 +99,7 @@ def sharded_model(
         model = Qwen2Model(config)
     model.to(dtype)
     if lora:
-        apply_lora(model, LoRAConfig(rank=3, alpha=6), name_map=adapter.module_to_hf)
+        apply_lora(model, ADAPTER, name_map=adapter.module_to_hf)
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     spec.parallelize_fn(model, mesh, **options)
@@ -168,7 +172,7 @@ def reference(directory: str, *, lora: bool) -> tuple[torch.Tensor, dict[str, to
     """The same on one process without any sharding."""
     model, adapter = load_pretrained(directory)
     if lora:
-        apply_lora(model, LoRAConfig(rank=3, alpha=6), name_map=adapter.module_to_hf)
+        apply_lora(model, ADAPTER, name_map=adapter.module_to_hf)
     wake_adapters(model)
     return step(model, model.config.vocab_size)
 
@@ -190,6 +194,11 @@ def train_step(
         model, adapter = sharded_model(directory, (world,), **case)
         load_hf_weights(model, adapter, directory)
         wake_adapters(model)
+        forwards: list[int] = []
+        if not case.get("compile"):
+            hook = model.layers["0"].ffn_norm.register_forward_hook
+            hook(lambda *_, log=forwards: log.append(1))
+        graphs = counters["stats"]["unique_graphs"]
         logits, grads = step(model, model.config.vocab_size)
         results.append(
             {
@@ -198,7 +207,9 @@ def train_step(
                 "names": sorted(name for name, _ in model.named_parameters()),
                 "state": sorted(model.state_dict()),
                 "dtypes": {str(p.dtype) for p in model.parameters()},
-                "empty": sum(local(p).numel() == 0 for p in model.parameters()),
+                "empty": {n for n, p in model.named_parameters() if local(p).numel() == 0},
+                "forwards": len(forwards),
+                "graphs": counters["stats"]["unique_graphs"] - graphs,
             }
         )
     return results
