@@ -251,7 +251,8 @@ def _parse_entry(name: str, entry: Any, base: int, where: str) -> HeaderTensor:
     if span[1] - span[0] != prod(shape) * width:
         _refuse(
             where,
-            f"{shown}: {span[1] - span[0]} bytes do not hold a {code} tensor of shape {shape}",
+            f"{shown}: {span[1] - span[0]} bytes do not hold a {code} tensor of shape "
+            f"{str(shape)[:100]}",
         )
     return HeaderTensor(code, tuple(shape), base + span[0], base + span[1])
 
