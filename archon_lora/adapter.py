@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .config import FrozenMap, LoRAConfig
+from .config import LoRAConfig
 from .errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
+from .frozen import FrozenMap
 from .names import canonical_fqn, canonical_modules, canonical_parameters, unwrap_ddp
 from .placement import reshard
 

@@ -18,8 +18,9 @@ from .adapter import (
     get_adapter_params,
     set_trainable_params,
 )
-from .config import FrozenMap, LoRAConfig
+from .config import LoRAConfig
 from .errors import LoRAConfigError, NoAdapterError, TargetError
+from .frozen import FrozenMap
 from .linear import LoRALinear, check_base
 from .names import canonical_modules
 from .peft import peft_export
@@ -80,6 +81,7 @@ def apply_lora(
     owners = _owners(model)
     for hf in chosen:
         check_base(modules[by_hf[hf]], hf)
+        _check_parent(modules[by_hf[hf].rpartition(".")[0]], hf)
         _check_not_shared(modules[by_hf[hf]], hf, owners)
     layers = {hf: _layer(modules[by_hf[hf]], config, hf=hf, fqn=by_hf[hf]) for hf in chosen}
     paths = {id(module): path for path, module in model.named_modules()}
@@ -197,6 +199,16 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     return owners
+
+
+def _check_parent(parent: nn.Module, hf: str) -> None:
+    """Torch's attention (and the encoder layer's fast path) reads weights past any forward."""
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        msg = (
+            f"module {hf!r} lies in a {type(parent).__name__}, which reads its weight without "
+            "calling it: an adapter would have no effect; leave it out with exclude_modules"
+        )
+        raise TargetError(msg)
 
 
 def _check_not_shared(module: nn.Module, hf: str, owners: Mapping[int, list[str]]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
 from . import peft_config
 from .errors import LoRAConfigError
+from .frozen import FrozenMap
 
 ALL_LINEAR: Final = "all-linear"
 """As ``target_modules``: every linear layer but the output head and MoE routers."""
@@ -27,40 +28,6 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 _INITS: Final = ("kaiming", "gaussian")
 _TRAIN_FIELDS: Final = ("use_lora", "lora_rank", "lora_alpha", "target_modules", "peft_type")
-
-V_co = TypeVar("V_co", covariant=True)
-
-
-class FrozenMap(Mapping[str, V_co]):
-    """An immutable, ordered, hashable and picklable mapping.
-
-    The order counts, in comparisons too: of several patterns the first that matches wins.
-    """
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, V_co]) -> None:
-        self._items: dict[str, V_co] = dict(items)
-
-    def __getitem__(self, key: str) -> V_co:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        return tuple(self.items()) == tuple(other.items())
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import scaling as scaling_of
+from .config import LoRAConfig
 from .errors import NoAdapterError, TargetError
 from .init import initial_value
 from .merge import merge_factors
@@ -107,11 +107,23 @@ class LoRALinear(nn.Linear):
             dtype: dtype of the base.
             fqn: canonical name of this module. Layers without one start from the same A.
             seed: with the name, the seed of A.
+
+        Raises:
+            LoRAConfigError: a setting of the adapter that cannot work.
         """
+        settings = LoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            use_rslora=use_rslora,
+            init=init,
+            adapter_dtype=adapter_dtype,
+            seed=seed,
+        )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.rank = rank
-        self.alpha = alpha
-        self.scaling = scaling_of(rank, alpha, use_rslora=use_rslora)
+        self.rank = settings.rank
+        self.alpha = settings.alpha
+        self.scaling = settings.scaling_for(fqn)
         self.init = init
         self.fqn = fqn
         self.seed = seed
@@ -159,6 +171,7 @@ class LoRALinear(nn.Linear):
             A layer on the device of the base, in its training mode.
 
         Raises:
+            LoRAConfigError: a setting of the adapter that cannot work.
             TargetError: the layer computes something else than ``x W^T + b``.
         """
         check_base(linear, fqn)

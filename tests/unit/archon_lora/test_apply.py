@@ -220,6 +220,17 @@ def test_tied_and_shared_targets_are_refused_with_the_reason() -> None:
         apply_lora(shared, LoRAConfig())
 
 
+def test_layers_whose_weight_is_read_past_their_forward_are_refused() -> None:
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), nn.Linear(8, 8))
+    for target in ("self_attn.out_proj", "linear1"):
+        with pytest.raises(TargetError, match=r"reads its weight without calling it"):
+            apply_lora(encoder, LoRAConfig(target_modules=[target]))
+    with pytest.raises(TargetError, match="lies in a MultiheadAttention"):
+        apply_lora(encoder, LoRAConfig())
+    record = apply_lora(encoder, LoRAConfig(exclude_modules=["out_proj", "linear1", "linear2"]))
+    assert list(record.matched) == ["1"]
+
+
 def test_ddp_is_refused_and_unwrapped_afterwards(tmp_path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from archon_lora import LoRALinear, NoAdapterError, TargetError
+from archon_lora import LoRAConfigError, LoRALinear, NoAdapterError, TargetError
 from archon_lora.linear import check_base
 
 
@@ -245,6 +245,13 @@ def test_bases_that_compute_something_else_are_refused() -> None:
     with pytest.raises(TargetError, match="with a forward of its own"):
         check_base(again, "again")
     assert isinstance(LoRALinear.from_linear(Renamed(2, 2), rank=1, alpha=1), LoRALinear)
+
+
+@pytest.mark.parametrize("setting", [{"rank": 0}, {"alpha": "abc"}, {"dropout": 1.5}])
+def test_settings_are_validated_without_a_config_too(setting: dict) -> None:
+    name = next(iter(setting))
+    with pytest.raises(LoRAConfigError, match=f"{name} must be"):
+        LoRALinear(4, 3, **{"rank": 2, "alpha": 2, **setting})
 
 
 def test_a_copy_is_independent() -> None:
