@@ -99,8 +99,7 @@ def _plan_tensor(rule: TensorRule, records: Mapping[str, TensorRecord]) -> Plann
             "which the checkpoint does not hold"
         )
         raise StateError(msg)
-    dtype = TORCH_DTYPES.get(record.dtype)
-    if dtype is None or not dtype.is_floating_point:
+    if not _is_weight(record):
         msg = f"{rule.source!r} has dtype {record.dtype}; an adapter tensor must be floating point"
         raise StateError(msg)
     shape = list(record.shape)
@@ -126,6 +125,11 @@ def _plan_tensor(rule: TensorRule, records: Mapping[str, TensorRecord]) -> Plann
     return PlannedTensor(rule, record, tuple(shape))
 
 
+def _is_weight(record: TensorRecord) -> bool:
+    dtype = TORCH_DTYPES.get(record.dtype)
+    return dtype is not None and dtype.is_floating_point
+
+
 def _check_ranks(planned: tuple[PlannedTensor, ...], export: AdapterExport) -> None:
     for tensor in planned:
         module, side = split_key(tensor.rule.key)
@@ -146,10 +150,11 @@ def _check_complete(
     used: dict[str, set[int | None]] = {}
     for tensor in planned:
         used.setdefault(tensor.record.name, set()).add(tensor.rule.index)
+    # Integers and masks are an adapter's state, not its weights: PEFT has no place for them.
     lost = sorted(
         name.removeprefix(MODEL_PREFIX)
-        for name in records
-        if name.startswith(MODEL_PREFIX) and name not in used
+        for name, record in records.items()
+        if name.startswith(MODEL_PREFIX) and name not in used and _is_weight(record)
     )
     if lost:
         msg = (

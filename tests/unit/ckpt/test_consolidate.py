@@ -276,6 +276,13 @@ class TestRefusals:
         with pytest.raises(StateError, match=r"'layers\.1\.wq\.lora_a\.weight' is trained but no"):
             plan_adapter(export, whole(tensors).records)
 
+    def test_counters_and_masks_need_no_rule(self) -> None:
+        tensors, export = tiny_adapter()
+        before = result(export, whole(tensors))
+        tensors["model.layers.0.wq.seen"] = torch.tensor([3])
+        tensors["model.layers.0.wq.mask"] = torch.tensor([True])
+        assert result(export, whole(tensors)) == before
+
     def test_an_expert_without_a_rule(self) -> None:
         tensors, export = expert_adapter()
         rules = tuple(rule for rule in export.rules if rule.index != 1)

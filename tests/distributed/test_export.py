@@ -1,0 +1,30 @@
+"""Exports of adapters that real ranks saved as DTensors: the same bytes from any sharding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import ranks_export
+from support.spawn import run_ranks
+from support.steps import tiny_adapter
+
+from ckpt.consolidate import consolidate, export_tensors
+from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_sharding_gives_the_bytes_of_whole_tensors(tmp_path: Path, world: int) -> None:
+    assert all(run_ranks(world, ranks_export.save_sharded, str(tmp_path)))
+    tensors, export = tiny_adapter(ranks_export.MODULES, rank=5, scale=1.7, optimizer=False)
+    full = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    export_tensors(full, export, tmp_path / "whole")
+    for placement in ranks_export.PLACEMENTS:
+        root = tmp_path / placement
+        consolidate(root, 3, root / "out")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            assert (root / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        if placement != "replicated":
+            assert len(list(root.glob("steps/*/shard-*"))) == world
