@@ -8,6 +8,7 @@ Usage: ``python s3_server.py [BUCKET]``. The environment may name another addres
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from moto.server import ThreadedMotoServer
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     bucket = sys.argv[1] if len(sys.argv) > 1 else "runs"
+    # One line a request would bury what the trainer says next to it.
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     stop = {signal.SIGINT, signal.SIGTERM}
     # Blocked before the server's thread starts, which inherits it: only sigwait() below gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
