@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from archon_lora import (
@@ -168,6 +170,34 @@ def test_every_name_is_selected_as_peft_selects_it(selector: Any, excluded: Any)
         wanted = bool(found) and not isinstance(found, tuners_utils._ExcludedModule)
         mine = selects(selector, name) and not (excluded and selects(excluded, name))
         assert mine == wanted, name
+
+
+NAME = st.lists(st.sampled_from(["a", "b", "ab", "0", "q_proj"]), min_size=1, max_size=4).map(
+    ".".join
+)
+
+
+@settings(deadline=None)
+@given(name=NAME, targets=st.lists(NAME, min_size=1, max_size=3))
+def test_lists_of_names_select_as_in_peft(name: str, targets: list[str]) -> None:
+    config = peft.LoraConfig(target_modules=targets)
+    assert selects(targets, name) == bool(tuners_utils.check_target_module_exists(config, name))
+
+
+@settings(deadline=None)
+@given(
+    name=NAME,
+    ranks=st.dictionaries(
+        NAME | st.sampled_from(["a|b", ".*a", "(a|q_proj)", "a$", "^a", r"\d\.a"]),
+        st.integers(1, 9),
+        max_size=3,
+    ),
+)
+def test_patterns_are_for_the_names_that_peft_says(name: str, ranks: dict[str, int]) -> None:
+    key = peft.utils.other.get_pattern_key(ranks.keys(), name)
+    config = LoRAConfig(rank=16, rank_pattern=ranks, alpha_pattern=ranks)
+    assert config.rank_for(name) == ranks.get(key, 16)
+    assert config.alpha_for(name) == ranks.get(key, config.alpha)
 
 
 def adapted_by_peft(model: nn.Module, **options: Any) -> set[str]:

@@ -143,8 +143,9 @@ def test_fp32_adapter_over_a_bf16_base_adds_in_fp32() -> None:
     assert layer.lora_a.weight.grad.dtype == torch.float32
 
 
-def test_merged_weight_is_fp32_and_leaves_the_base_to_the_bit() -> None:
-    layer = trained(LoRALinear(16, 8, rank=4, alpha=8, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weight_is_fp32_and_leaves_the_base_to_the_bit(dtype: torch.dtype) -> None:
+    layer = trained(LoRALinear(16, 8, rank=4, alpha=8, dtype=dtype))
     before = {name: bits(value) for name, value in layer.state_dict().items()}
     merged = layer.merged_weight()
     expected = layer.weight.float() + 2.0 * layer.lora_b.weight @ layer.lora_a.weight
