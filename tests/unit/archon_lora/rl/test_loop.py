@@ -36,6 +36,9 @@ def start(tmp_path, tiny):
             metrics = "{tmp_path / name}.jsonl"
             [model]
             path = "{tiny}"
+            [task]
+            # three kinds and two prompts a step: a wrong position asks for other kinds
+            kinds = ["digits", "lower", "upper"]
             [rollout]
             prompts_per_step = 2
             group_size = 3
