@@ -17,8 +17,17 @@ from typing import Any
 from .about import package_version
 from .arena import Arena, Slot
 from .commit import Place, check_current, commit_step, discard, place
+from .dtypes import TORCH_DTYPES
 from .envelope import utc_now
-from .errors import CkptError, CommitUnknown, DamagedError, PlanError, PublishError, SaveAborted
+from .errors import (
+    CkptError,
+    CommitUnknown,
+    DamagedError,
+    PlanError,
+    PublishError,
+    SaveAborted,
+    Superseded,
+)
 from .handle import SaveHandle
 from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
@@ -29,7 +38,7 @@ from .state import SCHEMA, STATE_FORMAT
 from .storage import Storage, put_checked
 from .storage.base import Buffer
 from .types import AdapterExport, BaseIdentity, FileRecord, TensorRecord
-from .vote import Board, Failure
+from .vote import Board, Failure, RemoteFailure
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +295,16 @@ class SavePipeline:
         )
 
     def _explain(self, job: Job, error: Exception) -> Exception:
-        """Name the difference when only some ranks found the layout changed."""
+        """Say more than the error itself does.
+
+        A newer writer sweeps away what an older one has under way, and only some ranks may find
+        that the layout changed: then the cause is one that the error does not name.
+        """
+        if isinstance(error, (OSError, RemoteFailure)) and job.resumable:
+            try:
+                check_current(self._storage, job.epoch)
+            except CkptError as superseded:
+                return superseded if isinstance(superseded, Superseded) else error
         if job.planned or not isinstance(error, PlanError):
             return error
         for rank in range(1, self._board.world):
@@ -329,7 +347,6 @@ class SavePipeline:
             raise AssertionError
         try:
             source = self._source(job, manifest, where)
-            check_current(self._storage, job.epoch)
             version = publish_version(
                 self._storage,
                 run=self._run_name,
@@ -344,10 +361,7 @@ class SavePipeline:
             )
         except Exception as error:
             self._board.abort(topic, error)
-            if isinstance(error, PublishError):
-                raise
-            msg = f"no version was published: {error}"
-            raise PublishError(msg) from error
+            raise
         finally:
             if not job.resumable and self._board.world > 1:
                 discard(self._storage, where.scratch)
@@ -375,14 +389,19 @@ class SlotSource:
         own_file: str | None,
         stored: StepSource | None,
     ) -> None:
-        self._records = {record.name: record for record in tensors}
+        # Counters and masks are state, not weights: the adapter computes the same without them.
+        self._records = {
+            record.name: record
+            for record in tensors
+            if TORCH_DTYPES[record.dtype].is_floating_point
+        }
         self._slot = slot
         self._own_file = own_file
         self._stored = stored
 
     @property
     def records(self) -> Mapping[str, TensorRecord]:
-        """Every tensor by its checkpoint name."""
+        """Every floating-point tensor by its checkpoint name."""
         return self._records
 
     def read(self, file: str, start: int, end: int) -> Buffer:

@@ -104,9 +104,10 @@ class Failure:
         """
         message = f"rank {self.rank}: {self.message}"
         known = getattr(errors, self.kind, None)
-        if isinstance(known, type) and issubclass(known, CkptError):
-            if keep or issubclass(known, SaveAborted) or known in _VERDICTS:
-                return known(message)
+        if not (isinstance(known, type) and issubclass(known, CkptError)):
+            known = None
+        if known is not None and (keep or issubclass(known, SaveAborted) or known in _VERDICTS):
+            return known(message)
         return SaveAborted(f"rank {self.rank}: {self.kind}: {self.message}")
 
 
