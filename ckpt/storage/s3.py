@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from fsspec.asyn import FSTimeoutError
+
 from ckpt.errors import (
     AlreadyExists,
     CommitUnknown,
@@ -273,7 +275,9 @@ class S3Storage:
 
     def _translated(self, action: str, path: str, error: Exception) -> StorageError:
         response = response_of(error)
-        if response is None:
+        if isinstance(error, FSTimeoutError):
+            reason = "no answer in time"
+        elif response is None:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         else:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", "?")

@@ -25,7 +25,9 @@ async def create(session: S3Session, key: str, body: bytes) -> Unsettled | None:
     """Conditional PUT of one object.
 
     Not repeated blindly: after a lost answer a refusal may be the echo of our own success, so
-    the caller is told whether there is anything to settle by reading back.
+    the caller is told that the outcome is to be settled by reading back. That holds for a plain
+    refusal too: the HTTP client below repeats a PUT once by itself when the server has closed
+    the connection it was sent over.
 
     Returns:
         None if the server said yes, else the refusal or the last lost answer.

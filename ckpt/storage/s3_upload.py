@@ -99,8 +99,10 @@ async def _is_there(session: S3Session, key: str, size: int, parts: int) -> bool
 
 def part_bytes(size: int) -> int:
     """Size of a part: the usual one, or as large as the limit on their number demands."""
+    if size <= PART_BYTES * MAX_PARTS:
+        return PART_BYTES
     mebibytes = -(-size // (MAX_PARTS * 2**20))
-    return max(PART_BYTES, mebibytes * 2**20)
+    return mebibytes * 2**20
 
 
 def cut(views: Iterable[memoryview], part: int) -> Iterator[bytes]:

@@ -1,0 +1,227 @@
+"""A small S3 server whose answers a test can spoil: lost, late, wrong or unlike AWS's."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass
+class Spoil:
+    """One thing that goes wrong with matching requests.
+
+    Attributes:
+        method: HTTP method, e.g. ``"PUT"``.
+        how: ``status`` (answer ``code`` instead of doing it), ``status-after`` (do it, then answer
+            ``code``), ``drop`` (close the connection instead), ``drop-after`` (do it, then
+            close), ``truncate`` (half of the body), ``hang`` (answer after ``seconds``).
+        code: HTTP status and S3 error code of the answer.
+        times: how many requests it meets.
+        skip: how many matching requests pass first.
+        key: text that the key must contain.
+        query: text that the query must contain.
+        before: called first, e.g. to let somebody else write.
+    """
+
+    method: str
+    how: str
+    code: tuple[int, str] = (500, "InternalError")
+    times: int = 1
+    skip: int = 0
+    key: str = ""
+    query: str = ""
+    seconds: float = 0.0
+    message: str = "spoilt"
+    before: Callable[[], object] | None = None
+
+
+@dataclass
+class FakeS3:
+    """What lies in the bucket ``bucket`` and what happened.
+
+    Attributes:
+        url: endpoint.
+        objects: key → bytes.
+        uploads: unfinished multipart uploads, id → {part number: bytes}.
+        spoils: what goes wrong; used up as it happens.
+        log: (method, key, query, headers) of every request.
+        conditions: keep ``If-None-Match``.
+        headers: sent with every answer.
+    """
+
+    url: str = ""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    etags: dict[str, str] = field(default_factory=dict)
+    spoils: list[Spoil] = field(default_factory=list)
+    log: list[tuple[str, str, str, dict[str, str]]] = field(default_factory=list)
+    conditions: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def requests(self, method: str, query: str = "") -> list[dict[str, str]]:
+        """Headers of the requests of one method whose query contains a text."""
+        return [head for m, _key, q, head in self.log if m == method and query in q]
+
+    def due(self, method: str, key: str, query: str) -> Spoil | None:
+        with self.lock:
+            for spoil in self.spoils:
+                if method != spoil.method or spoil.key not in key or spoil.query not in query:
+                    continue
+                if spoil.skip > 0:
+                    spoil.skip -= 1
+                elif spoil.times > 0:
+                    spoil.times -= 1
+                    return spoil
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: FakeS3
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+    def handle_any(self) -> None:
+        parts = urlsplit(self.path)
+        _bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        head = {name.lower(): value for name, value in self.headers.items()}
+        self.fake.log.append((self.command, key, parts.query, head))
+        spoil = self.fake.due(self.command, key, parts.query)
+        if spoil is None:
+            self.answer(*self.perform(key, parts.query, head, body))
+            return
+        if spoil.before:
+            spoil.before()
+        if spoil.how == "hang":
+            time.sleep(spoil.seconds)
+        result = None
+        if spoil.how in {"status-after", "drop-after", "truncate"}:
+            result = self.perform(key, parts.query, head, body)
+        if spoil.how.startswith("drop"):
+            self.close_connection = True
+        elif spoil.how == "truncate" and result is not None:
+            self.answer(*result, cut=True)
+        else:
+            self.answer(*_error(*spoil.code, spoil.message))
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def answer(self, status: int, body: bytes, *more: dict[str, str], cut: bool = False) -> None:
+        self.send_response(status)
+        extra = more[0] if more else {}
+        length = extra.pop("Content-Length", str(len(body)))
+        for name, value in {**self.fake.headers, **extra, "Content-Length": length}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self.close_connection = True
+
+    def perform(self, key: str, query: str, head: dict[str, str], body: bytes):
+        fake, asked = self.fake, parse_qs(query, keep_blank_values=True)
+        with fake.lock:
+            if self.command in {"GET", "HEAD"} and "list-type" in asked:
+                return _listing(fake, asked["prefix"][0])
+            if self.command in {"GET", "HEAD"}:
+                return _read(fake, key, head)
+            if self.command == "DELETE":
+                if "uploadId" in asked:
+                    fake.uploads.pop(asked["uploadId"][0], None)
+                else:
+                    fake.objects.pop(key, None)
+                return 204, b""
+            claimed = head.get("x-amz-checksum-crc32")
+            if claimed and claimed != _crc(body):
+                return _error(400, "BadDigest")
+            if "uploads" in asked:
+                name = f"upload-{len(fake.uploads)}-{time.monotonic_ns()}"
+                fake.uploads[name] = {}
+                return 200, _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
+            if "uploadId" in asked:
+                return self._multipart(key, asked, body)
+            if fake.conditions and head.get("if-none-match") == "*" and key in fake.objects:
+                # Without <Condition>, as servers other than AWS answer.
+                return _error(412, "PreconditionFailed")
+            fake.objects[key] = body
+            fake.etags[key] = "whole"
+            return 200, b"", {"ETag": '"whole"'}
+
+    def _multipart(self, key: str, asked: dict[str, list[str]], body: bytes):
+        fake, name = self.fake, asked["uploadId"][0]
+        if name not in fake.uploads:
+            return _error(404, "NoSuchUpload")
+        if self.command == "PUT":
+            fake.uploads[name][int(asked["partNumber"][0])] = body
+            return 200, b"", {"ETag": '"part"'}
+        parts = fake.uploads.pop(name)
+        fake.objects[key] = b"".join(parts[number] for number in sorted(parts))
+        fake.etags[key] = f"all-{len(parts)}"
+        return 200, _xml("CompleteMultipartUploadResult", f"<ETag>{fake.etags[key]}</ETag>")
+
+
+def _crc(body: bytes) -> str:
+    return base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+
+
+def _xml(tag: str, inner: str) -> bytes:
+    return f'<?xml version="1.0" encoding="UTF-8"?><{tag}>{inner}</{tag}>'.encode()
+
+
+def _error(status: int, code: str, message: str = "no"):
+    return status, _xml("Error", f"<Code>{code}</Code><Message>{message}</Message>")
+
+
+def _read(fake: FakeS3, key: str, head: dict[str, str]):
+    if key not in fake.objects:
+        return _error(404, "NoSuchKey")
+    data = fake.objects[key]
+    extra = {"ETag": f'"{fake.etags.get(key, "whole")}"'}
+    if "range" not in head:
+        return 200, data, {**extra, "Content-Length": str(len(data))}
+    low, high = head["range"].removeprefix("bytes=").split("-")
+    if int(low) >= len(data):
+        return _error(416, "InvalidRange")
+    part = data[int(low) : int(high) + 1]
+    span = f"bytes {low}-{int(low) + len(part) - 1}/{len(data)}"
+    return 206, part, {**extra, "Content-Range": span}
+
+
+def _listing(fake: FakeS3, prefix: str):
+    items = "".join(
+        f"<Contents><Key>{key}</Key><Size>{len(data)}</Size></Contents>"
+        for key, data in sorted(fake.objects.items())
+        if key.startswith(prefix)
+    )
+    return 200, _xml("ListBucketResult", f"<IsTruncated>false</IsTruncated>{items}")
+
+
+@contextlib.contextmanager
+def fake_s3(tls: ssl.SSLContext | None = None) -> Iterator[FakeS3]:
+    """A server on loopback for the length of the block."""
+    fake = FakeS3()
+    handler = type("Handler", (_Handler,), {"fake": fake})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    fake.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        thread.join(timeout=30)
+        server.server_close()
