@@ -291,7 +291,7 @@ def _visibility(tokens: Tensor, attention_mask: Tensor | None, past: int) -> Ten
     causal_ST = torch.ones(seq, past + seq, dtype=torch.bool, device=tokens.device).tril(past)
     if attention_mask is None:
         return causal_ST[None, None]
-    # A padded query sees itself: a row without any key would turn into NaN, and NaN spreads
-    # through 0 * NaN in the gradients of real rows.
+    # A padded query sees itself: what a row without any key gives depends on the attention kernel,
+    # and where it is NaN it spreads through 0 * NaN into the gradients of real rows.
     own_ST = torch.eye(seq, past + seq, dtype=torch.bool, device=tokens.device).roll(past, -1)
     return ((causal_ST & attention_mask.bool()[:, None, :]) | own_ST)[:, None]

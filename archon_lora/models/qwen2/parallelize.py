@@ -38,8 +38,19 @@ def parallelize(
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: a block is wrapped already; wrapped, it would be left out or named otherwise.
     """
-    blocks = [block for block in model.layers.values() if isinstance(block, TransformerBlock)]
+    blocks = []
+    for name, block in model.layers.items():
+        if not isinstance(block, TransformerBlock):
+            msg = (
+                f"layers.{name} is a {type(block).__name__}, expected TransformerBlock: "
+                "parallelize() comes before any wrapper"
+            )
+            raise ValueError(msg)  # noqa: TRY004 - the class is the sign of a wrong order of calls
+        blocks.append(block)
     for block in blocks:
         block.recompute = activation_checkpointing
         if compile:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from archon_lora.models import KVCache
-from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model
+from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model, parallelize
+from archon_lora.models.qwen2.model import _visibility
 
 CONFIG = Qwen2Config(
     vocab_size=40,
@@ -101,6 +102,20 @@ def test_padding_changes_nothing(model, tokens, side):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_every_query_has_a_key(tokens):
+    """Also a padded one: attention kernels differ in what a row without keys gives."""
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[0, :6] = 0  # padding that reaches from the cached tokens into the new ones
+    mask[1, 9:] = 0
+    visible = _visibility(tokens, mask, 4)
+    assert visible.shape == (3, 1, 9, 13)
+    assert visible.any(-1).all()
+    # Real queries see the real keys up to themselves and nothing else.
+    for row, query in ((0, 3), (1, 2), (2, 8)):
+        expected = [bool(mask[row, key]) and key <= query + 4 for key in range(13)]
+        assert visible[row, 0, query].tolist() == expected
+
+
 def test_cache_step_by_step_equals_one_pass(model, tokens):
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :3] = False
@@ -157,3 +172,9 @@ def test_recomputation_gives_the_same_gradients(model, tokens):
     assert len(calls) == 4  # two blocks, forward and again in backward
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_parallelize_refuses_blocks_that_are_wrapped(model):
+    model.layers["1"] = torch.compile(model.layers["1"])
+    with pytest.raises(ValueError, match=r"layers\.1 is a OptimizedModule, expected Transformer"):
+        parallelize(model, None)
