@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
 from . import cli_tables as show
+from .about import package_version
 from .catalog import Problem, StepEntry, check_step, find_step, list_steps
 from .consolidate import consolidate
 from .errors import (
@@ -50,7 +51,6 @@ _PIPE_WIDTH: Final = 120
 
 app = typer.Typer(
     name="ckpt",
-    help="Look at, verify and export what a run saved: its steps and its published adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -88,6 +88,22 @@ def run() -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else USAGE
     return 0
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"ckpt {package_version()}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Look at, verify and export what a run saved: its steps and its published adapters."""
 
 
 @app.command("ls")
@@ -243,8 +259,8 @@ def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
         line.append(f"  {result['path']}  {show.size_text(result['bytes'])}", style="default")
         console.print(line, soft_wrap=True)
         for problem in result["problems"]:
-            block = "" if problem["block"] is None else f", block {problem['block']}"
-            text = f"    {problem['file']}{block}: {problem['message']}"
+            block = "" if problem["block"] is None else f" (block {problem['block']})"
+            text = f"    {problem['message']}{block}"
             console.print(Text(text, style="red"), soft_wrap=True)
     verdict = "every byte verifies" if not damaged else f"{damaged} of them damaged"
     console.print(Text(f"{len(results)} checked: {verdict}", style="bold"))
@@ -346,9 +362,7 @@ def _reported(as_json: bool) -> Iterator[None]:
 
 
 def _status(error: CkptError) -> tuple[int, str]:
-    if isinstance(error, AlreadyExists):
-        return USAGE, "; --overwrite replaces an adapter"
-    if isinstance(error, ConfigError | NoCheckpoint):
+    if isinstance(error, AlreadyExists | ConfigError | NoCheckpoint):
         return USAGE, ""
     if isinstance(error, StorageError):
         return STORAGE, "; check the URL, the AWS_* variables and --endpoint-url"

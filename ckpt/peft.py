@@ -295,7 +295,7 @@ def _replaceable(storage: Storage, name: str, overwrite: bool, shown: str) -> bo
     if not present and not (storage.has_rename and _is_local_dir(storage, name)):
         return False
     if not overwrite:
-        raise AlreadyExists(f"{shown} exists; choose another name, or say that it is replaced")
+        raise AlreadyExists(f"{shown} exists already; choose another name, or ask for overwrite")
     foreign = [entry.name for entry in present if entry.is_dir or entry.name not in _OWN_FILES]
     if foreign:
         msg = f"{shown} is not replaced: {foreign[0]!r} in it is no part of an adapter"

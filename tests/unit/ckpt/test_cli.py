@@ -18,6 +18,7 @@ from support.steps import tiny_adapter, write_step, write_writer
 from typer.testing import CliRunner, Result
 
 from ckpt import cli
+from ckpt.about import package_version
 from ckpt.catalog import list_steps
 from ckpt.cli_commands import app
 from ckpt.cli_tables import size_text, time_text
@@ -182,7 +183,9 @@ class TestVerify:
         flip(root / "steps" / "step-00000010.w0001" / SHARD)
         result = ckpt("verify", root)
         assert result.exit_code == 1
-        assert f"{SHARD}, block 0: " in result.stdout
+        (line,) = [line for line in result.stdout.splitlines() if SHARD in line]
+        assert "are damaged: CRC32 is" in line
+        assert line.endswith("(block 0)")
         assert "4 checked: 1 of them damaged" in result.stdout
         shown = ckpt_json("verify", root)
         assert shown["ok"] is False
@@ -248,7 +251,7 @@ class TestExport:
         assert ckpt("export", root, tmp_path / "out").exit_code == 0
         again = ckpt("export", root, tmp_path / "out")
         assert again.exit_code == 2
-        assert "--overwrite" in again.stderr
+        assert "exists already; choose another name, or ask for overwrite" in again.stderr
         assert ckpt("export", root, tmp_path / "out", "--overwrite", "--step", 10).exit_code == 0
 
     def test_damage_ends_with_1_and_leaves_nothing(self, root: Path, tmp_path: Path) -> None:
@@ -297,6 +300,11 @@ class TestErrors:
         shown = ckpt(*filled, "--json")
         assert shown.exit_code == status
         assert message in json.loads(shown.stdout)["error"]["message"]
+
+    def test_version_of_the_program(self) -> None:
+        result = ckpt("--version")
+        assert result.exit_code == 0
+        assert result.stdout == f"ckpt {package_version()}\n"
 
     def test_wrong_options_end_with_2(self, root: Path) -> None:
         assert ckpt("ls").exit_code == 2
