@@ -1,0 +1,253 @@
+"""Planning, the arena and the partial reads of a restore, without processes."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+
+from ckpt.arena import Arena, Slot
+from ckpt.checksum import file_record
+from ckpt.dtypes import TORCH_DTYPES
+from ckpt.envelope import utc_now
+from ckpt.errors import DamagedError, PlanError, SaveAborted
+from ckpt.fetch import fetch
+from ckpt.manifest import StepManifest
+from ckpt.plan import (
+    Piece,
+    assign,
+    difference,
+    fingerprint,
+    local_pieces,
+    shard_layout,
+    tensor_records,
+)
+from ckpt.save import SlotSource, _located, compose_state
+from ckpt.state import decode_state, encode_state
+from ckpt.storage import open_storage
+
+
+def cut(name, value, parts, dim):
+    """A tensor split along a dimension as DTensor does it: equal parts, then what is left."""
+    extent = value.shape[dim]
+    width = -(-extent // parts)
+    pieces = []
+    for part in range(parts):
+        low, high = min(part * width, extent), min((part + 1) * width, extent)
+        offsets = tuple(low if d == dim else 0 for d in range(value.dim()))
+        sizes = tuple(high - low if d == dim else n for d, n in enumerate(value.shape))
+        code = next(c for c, t in TORCH_DTYPES.items() if t == value.dtype)
+        pieces.append(Piece(name, code, tuple(value.shape), offsets, sizes, True))
+    return pieces
+
+
+def values_of(pieces, tensors):
+    return [
+        tensors[p.name][tuple(slice(o, o + n) for o, n in zip(p.offsets, p.sizes, strict=True))]
+        for p in pieces
+    ]
+
+
+def write_step(root, tensors, held):
+    """Write the shards of every rank as a save does; returns storage and manifest."""
+    assigned = assign(held)
+    storage, records = open_storage(root), {}
+    for rank, mine in enumerate(assigned):
+        layout = shard_layout(mine)
+        if layout is None:
+            continue
+        slot = Slot(layout, mine, pinned=False)
+        slot.fill(values_of(mine, tensors), None)
+        storage.put(f"s/{rank}.safetensors", slot.buffer())
+        records[rank] = file_record(f"{rank}.safetensors", [slot.buffer()])
+    manifest = StepManifest(
+        step=1,
+        epoch=1,
+        attempt="abcd",
+        created=utc_now(),
+        writer_version="0",
+        world_size=len(held),
+        mesh=None,
+        fingerprint="f",
+        base=None,
+        export=None,
+        tensors=_located(tensor_records(held[0], assigned), records),
+        files=tuple(records.values()),
+        adapter_sha256=None,
+        policy_version=None,
+    )
+    manifest.to_bytes()
+    return storage, manifest
+
+
+@st.composite
+def topologies(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    dims = st.integers(0, len(shape) - 1)
+    return shape, draw(st.integers(1, 5)), draw(dims), draw(st.integers(1, 5)), draw(dims)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    topologies(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+    st.integers(16, 4096),
+)
+def test_any_split_is_read_back_under_any_other(tmp_path_factory, topology, dtype, block):
+    """Values survive a change of the number of ranks and of the dimension that is split."""
+    shape, old, old_dim, new, new_dim = topology
+    value = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    tensors = {"model.w": value}
+    root = tmp_path_factory.mktemp("plan")
+    # Small blocks, so that ranges cross them.
+    with (
+        mock.patch.multiple("ckpt.checksum", BLOCK_BYTES=block),
+        mock.patch("ckpt.fetch.BLOCK_BYTES", block),
+        mock.patch("ckpt.checksum.Crc32Blocks.__init__.__defaults__", (block,)),
+    ):
+        storage, manifest = write_step(
+            root, tensors, [[piece] for piece in cut("model.w", value, old, old_dim)]
+        )
+        for rank, piece in enumerate(cut("model.w", value, new, new_dim)):
+            found = fetch(storage, "s", manifest, [piece], rank=rank, world=new)
+            (want,) = values_of([piece], tensors)
+            assert torch.equal(found["model.w"], want)
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_some_rank(tmp_path):
+    value = torch.arange(12.0).reshape(4, 3)
+    held = [[piece] for piece in cut("model.w", value, 2, 0)]
+    storage, manifest = write_step(tmp_path, {"model.w": value}, held)
+    data = storage.read("s/1.safetensors")
+    for position in range(0, len(data), 7):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        storage.put("s/1.safetensors", bytes(changed))
+        found = []
+        for rank in range(2):
+            try:
+                fetch(storage, "s", manifest, held[rank], rank=rank, world=2)
+            except DamagedError:
+                found.append(rank)
+        assert found, position
+
+
+def test_replicas_are_written_once_and_spread():
+    held = [
+        [Piece(f"t{n}", "F32", (4,), (0,), (4,), False) for n in range(4)] for _rank in range(2)
+    ]
+    assigned = assign(held)
+    assert sorted(p.name for mine in assigned for p in mine) == ["t0", "t1", "t2", "t3"]
+    assert [len(mine) for mine in assigned] == [2, 2]
+
+
+def test_empty_pieces_are_not_stored_and_empty_tensors_are_known():
+    held = [
+        [p, Piece("none", "F32", (0, 3), (0, 0), (0, 3), False)]
+        for p in cut("w", torch.zeros(1, 2), 2, 0)
+    ]
+    assigned = assign(held)
+    assert [[p.name for p in mine] for mine in assigned] == [["w"], []]
+    records = {r.name: r for r in tensor_records(held[0], assigned)}
+    assert records["none"].chunks == ()
+    assert shard_layout([]) is None
+
+
+def test_a_gap_or_an_overlap_is_refused():
+    first = Piece("w", "F32", (4,), (0,), (2,), True)
+    for other in (
+        Piece("w", "F32", (4,), (3,), (1,), True),
+        Piece("w", "F32", (4,), (1,), (3,), True),
+    ):
+        with pytest.raises(PlanError, match="w: the chunks"):
+            assign([[first], [other]])
+
+
+def test_the_first_difference_is_named():
+    a = Piece("w", "F32", (4,), (0,), (4,), False)
+    assert difference([a], [a], 1) is None
+    assert difference([a], [], 3) == "w: rank 0 has it, rank 3 does not"
+    for change, words in (
+        ({"dtype": "F64"}, "dtype is F32 on rank 0 and F64 on rank 2"),
+        ({"shape": (5,)}, "shape is (4,) on rank 0 and (5,) on rank 2"),
+        ({"sharded": True}, "sharded is False on rank 0 and True on rank 2"),
+    ):
+        fields = {
+            n: getattr(a, n) for n in ("name", "dtype", "shape", "offsets", "sizes", "sharded")
+        }
+        assert words in difference([a], [Piece(**{**fields, **change})], 2)
+
+
+def test_fingerprints_depend_on_everything_the_plan_does():
+    base = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    prints = {
+        fingerprint(base, 1),
+        fingerprint(base, 2),
+        fingerprint({**base, "b": torch.zeros(4)}, 1),
+        fingerprint({**base, "b": torch.zeros(3, dtype=torch.float64)}, 1),
+        fingerprint({"a": base["a"], "c": base["b"]}, 1),
+    }
+    assert len(prints) == 5
+    assert fingerprint({k: v.clone() for k, v in base.items()}, 1) in prints
+
+
+def test_a_slot_is_the_file(tmp_path):
+    tensors = {
+        "f": torch.randn(3, 5),
+        "h": torch.randn(7).bfloat16(),
+        "t": torch.randn(4, 6).t(),  # not contiguous
+        "n": torch.tensor(5),
+        "m": torch.tensor([True, False, True]),
+    }
+    pieces = local_pieces(tensors)
+    slot = Slot(shard_layout(pieces), pieces, pinned=False)
+    slot.fill(list(tensors.values()), None)
+    stored = load(bytes(slot.buffer()))
+    for name, tensor in tensors.items():
+        assert torch.equal(stored[name], tensor), name
+    with pytest.raises(PlanError, match="changed after planning"):
+        slot.fill([torch.zeros(1)] * len(pieces), None)
+
+
+def test_slots_come_and_go_with_a_deadline():
+    pieces = local_pieces({"f": torch.zeros(2)})
+    arena = Arena(shard_layout(pieces), pieces, pinned=False)
+    first, second = arena.acquire(1), arena.acquire(1)
+    assert first is not second
+    assert not arena.available()
+    with pytest.raises(SaveAborted, match="both arena slots"):
+        arena.acquire(0.05)
+    arena.release(first)
+    assert arena.acquire(1) is first
+
+
+def test_dtypes_without_a_code_are_refused():
+    from ckpt import StateError
+
+    with pytest.raises(StateError, match="complex128"):
+        local_pieces({"z": torch.zeros(1, dtype=torch.complex128)})
+
+
+def test_state_documents_nest_without_being_decoded():
+    shared = {"extra": {"x": (1, 2), "n": float("nan")}, "optimizer": None}
+    ranks = [{"r": torch.tensor([1, 2])}, {"r": b"\x00"}]
+    data = compose_state(
+        {key: encode_state(value) for key, value in shared.items()},
+        [encode_state(value).decode() for value in ranks],
+    )
+    back = decode_state(data)
+    assert back["shared"]["extra"]["x"] == (1, 2)
+    assert math.isnan(back["shared"]["extra"]["n"])
+    assert torch.equal(back["ranks"][0]["r"], ranks[0]["r"])
+    assert back["ranks"][1] == {"r": b"\x00"}
+
+
+def test_a_slot_source_gives_only_what_it_has():
+    source = SlotSource([], None, None, None)
+    with pytest.raises(DamagedError, match="not part of the snapshot"):
+        source.read("other", 0, 1)
