@@ -217,8 +217,8 @@ class Qwen2Model(nn.Module):
     def init_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds, on the device they are on.
 
-        ``to_empty()``, ``to()`` and ``from_hf`` loading do this by themselves; call it after
-        writing into the buffers by hand.
+        ``to_empty()`` and ``to()`` do this by themselves; call it after writing into the buffers
+        by hand.
         """
         self.rope.init_buffers()
 
