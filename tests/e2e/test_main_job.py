@@ -34,6 +34,7 @@ def environment():
 @pytest.mark.dist
 @pytest.mark.compat
 def test_every_check_of_the_demonstration_holds(tmp_path):
+    before = set(descendants(os.getpid()))  # such as the S3 server of other tests
     report = run_demo(tmp_path, SHORT, console=Console())
     assert [check for check in report.checks if check.passed is False] == []
     assert report.passed
@@ -43,7 +44,7 @@ def test_every_check_of_the_demonstration_holds(tmp_path):
     assert found["figures"]["logits_max_difference"] <= 1e-4
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     # The server's port is free again, and no child is left.
-    assert descendants(os.getpid()) == []
+    assert set(descendants(os.getpid())) <= before
 
 
 @pytest.mark.dist
