@@ -15,17 +15,27 @@ import json
 import pickle
 import re
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .checksum import Crc32Blocks, file_record
-from .errors import AlreadyExists, DamagedError, ObjectNotFound, StateError, StorageError
+from .errors import (
+    AlreadyExists,
+    ConfigError,
+    DamagedError,
+    ObjectNotFound,
+    StateError,
+    StorageError,
+)
 from .layout import MANIFEST, TMP_PREFIX, new_attempt
 from .peft_config import config_bytes
 from .storage import open_storage
@@ -165,6 +175,9 @@ def _without_adapter_name(
     return plain
 
 
+_CHUNKS_AHEAD: Final = 4
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
     """The bytes of ``adapter_model.safetensors``: how many, and an iterable used up once."""
@@ -206,20 +219,39 @@ def write_adapter_files(
     Raises:
         StorageError: the store failed; whatever the stream of weights raises passes through.
     """
-    crc = Crc32Blocks()
-    digest = hashlib.sha256()
-
-    def tallied() -> Iterator[Buffer]:
-        for chunk in weights.chunks:
-            crc.update(chunk)
-            digest.update(chunk)
-            yield chunk
-
+    tally = _Tally()
     encoded = config_bytes(config)
-    storage.put_stream(f"{directory}/{WEIGHTS_NAME}", tallied(), weights.size)
+    storage.put_stream(f"{directory}/{WEIGHTS_NAME}", tally.over(weights.chunks), weights.size)
     storage.put(f"{directory}/{CONFIG_NAME}", encoded)
-    files = (file_record(CONFIG_NAME, [encoded]), crc.record(WEIGHTS_NAME))
-    return WrittenAdapter(files, digest.hexdigest())
+    files = (file_record(CONFIG_NAME, [encoded]), tally.crc.record(WEIGHTS_NAME))
+    return WrittenAdapter(files, tally.sha256.hexdigest())
+
+
+class _Tally:
+    """CRC32 and SHA-256 of a stream, computed in a thread beside the one that writes it.
+
+    Both leave the interpreter free, and together they take about as long as the write.
+    """
+
+    def __init__(self) -> None:
+        self.crc = Crc32Blocks()
+        self.sha256 = hashlib.sha256()
+
+    def over(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+        """The same chunks; the sums are complete when the last one was taken."""
+        pending: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-digest") as pool:
+            for chunk in chunks:
+                pending.append(pool.submit(self._take, chunk))
+                if len(pending) > _CHUNKS_AHEAD:  # memory stays bounded if the sums are slower
+                    pending.popleft().result()
+                yield chunk
+            for future in pending:
+                future.result()
+
+    def _take(self, chunk: Buffer) -> None:
+        self.crc.update(chunk)
+        self.sha256.update(chunk)
 
 
 def write_adapter_dir(
@@ -243,6 +275,7 @@ def write_adapter_dir(
         storage_options: passed to the store.
 
     Raises:
+        ConfigError: the URL names no directory that could be made.
         AlreadyExists: something is there, and ``overwrite`` is off or it is no adapter.
         StorageError: the store failed.
     """
@@ -251,7 +284,9 @@ def write_adapter_dir(
     local = local_directory(url)
     if local is None:
         return _write_to_prefix(str(url), weights, config, overwrite, storage_options)
-    storage = open_storage(str(local.parent))
+    if not local.name:
+        raise ConfigError(f"{str(url)!r} is no name for a new directory")
+    storage = open_storage(local.parent)
     existing = _replaceable(storage, local.name, overwrite, str(local))
     temporary = f"{TMP_PREFIX}{new_attempt()}"
     try:
@@ -273,8 +308,11 @@ def _write_to_prefix(
     overwrite: bool,
     storage_options: Mapping[str, Any] | None,
 ) -> WrittenAdapter:
-    parent, _, name = url.rstrip("/").rpartition("/")
-    storage = open_storage(parent, storage_options)
+    scheme, _, path = url.partition("://")
+    parent, _, name = path.strip("/").rpartition("/")
+    if not parent:
+        raise ConfigError(f"{url!r} names a whole store; name a directory in it")
+    storage = open_storage(f"{scheme}://{parent}", storage_options)
     if _replaceable(storage, name, overwrite, url):
         # The config goes first: from then on readers find no adapter rather than a mixed one.
         storage.delete(f"{name}/{CONFIG_NAME}")
@@ -309,8 +347,15 @@ def _is_local_dir(storage: Storage, name: str) -> bool:
 
 
 def local_directory(url: str | Path) -> Path | None:
-    """The absolute path that a plain path or ``file://`` URL means, or None for other stores."""
+    """The absolute path that a plain path or ``file://`` URL means, or None for other stores.
+
+    Raises:
+        ConfigError: a ``file://`` URL of another machine.
+    """
     text = str(url)
     if text.startswith("file://"):
-        return Path(text.removeprefix("file://")).absolute()
-    return None if "://" in text else Path(text).absolute()
+        parts = urlsplit(text)
+        if parts.netloc not in {"", "localhost"}:
+            raise ConfigError(f"{text!r} names a file on another machine; write file:///path")
+        text = unquote(parts.path)
+    return None if "://" in text else Path(text).expanduser().absolute()

@@ -20,6 +20,7 @@ from ckpt.peft import (
     WEIGHTS_NAME,
     WeightsFile,
     is_lora_adapter_dir,
+    local_directory,
     read_adapter,
     write_adapter_dir,
 )
@@ -244,6 +245,30 @@ class TestWrite:
         tensors = read_adapter(tmp_path / "out")[1]
         assert torch.equal(tensors[A], whole)
         assert torch.equal(tensors[B], whole.t()[:3])
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("/", "no name for a new directory"),
+            ("memory://", "names a whole store"),
+            ("memory://bucket/", "names a whole store"),
+            ("file://elsewhere/x", "on another machine"),
+        ],
+    )
+    def test_urls_that_name_no_new_directory(self, url: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            write_adapter_dir(url, TENSORS, CONFIG)
+
+
+def test_local_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert local_directory("a/b") == tmp_path / "a" / "b"
+    assert local_directory(tmp_path) == tmp_path
+    assert local_directory("file:///data/run%207") == Path("/data/run 7")
+    assert local_directory("file://localhost/data") == Path("/data")
+    assert local_directory("~/x") == Path("/home/somebody/x")
+    assert local_directory("s3://bucket/x") is None
 
 
 class TestRead:
