@@ -72,7 +72,8 @@ def _rank(rank: int, world: int, workload: str, repeats: int, folder: Path) -> N
             _time(saver, 0)
         rounds: Rounds = {saver.name: [] for saver in savers}
         for step in range(1, repeats + 1):
-            for saver in savers:
+            # Each round begins with another saver, so that none always follows the same one.
+            for saver in (*savers[step % len(savers) :], *savers[: step % len(savers)]):
                 rounds[saver.name].append(_time(saver, step))
     if rank == 0:
         result = {"bytes_per_rank": sum(t.nbytes for t in local(tensors)), "rounds": rounds}

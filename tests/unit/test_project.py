@@ -158,6 +158,16 @@ def test_constraints_pin_every_direct_dependency() -> None:
             assert need.specifier.contains(pins[need.name], prereleases=True), str(need)
 
 
+GUIDES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("docker/*.md")])
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=relative)
+def test_links_between_guides_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize(
     "target", ["setup", "demo", "test", "test-fast", "bench", "lint", "fmt", "constraints"]
 )
