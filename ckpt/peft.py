@@ -32,6 +32,7 @@ from .errors import (
     AlreadyExists,
     ConfigError,
     DamagedError,
+    NonFiniteError,
     ObjectNotFound,
     StateError,
     StorageError,
@@ -199,12 +200,15 @@ def weights_file(tensors: Mapping[str, torch.Tensor]) -> WeightsFile:
 
     Raises:
         StateError: a tensor that is not plain and dense.
+        NonFiniteError: a value that is NaN or infinite.
     """
     plain = {}
     for key in sorted(tensors):
         if type(tensors[key]) not in (torch.Tensor, torch.nn.Parameter):
             msg = f"{key!r} is a {type(tensors[key]).__name__}; gather it to a plain tensor first"
             raise StateError(msg)
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise NonFiniteError(f"{key!r} holds NaN or infinity; nothing was written")
         # Own memory each: the format refuses tensors that share their storage.
         plain[key] = tensors[key].detach().cpu().contiguous().clone()
     data = save(plain, metadata={"format": "pt"})

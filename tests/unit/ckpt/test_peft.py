@@ -13,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.steps import tiny_adapter
 
-from ckpt.errors import AlreadyExists, ConfigError, DamagedError, ObjectNotFound, StateError
+from ckpt.errors import (
+    AlreadyExists,
+    ConfigError,
+    DamagedError,
+    NonFiniteError,
+    ObjectNotFound,
+    StateError,
+)
 from ckpt.peft import (
     CONFIG_NAME,
     LEGACY_WEIGHTS_NAME,
@@ -238,6 +245,36 @@ class TestWrite:
         with pytest.raises(OSError, match=r"cannot replace .*out: Permission denied"):
             write_adapter_dir(tmp_path / "out", TENSORS, CONFIG, overwrite=True)
         assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+    def test_without_the_kernel_a_failed_second_rename_is_undone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Path.rename
+
+        def rename(self: Path, target: Path) -> Path:
+            if target == tmp_path / "out" and not self.name.endswith(".aside"):
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            return real(self, target)
+
+        write_adapter_dir(tmp_path / "out", TENSORS, CONFIG)
+        monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(OSError, match=r"cannot replace .*out: Operation not permitted"):
+            write_adapter_dir(tmp_path / "out", TENSORS, {**CONFIG, "r": 3}, overwrite=True)
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+        assert read_adapter(tmp_path / "out")[0] == CONFIG
+
+    def test_only_plain_finite_tensors_are_written(self, tmp_path: Path) -> None:
+        class Sharded(torch.Tensor):
+            """Stands for any tensor whose memory is not the whole of it."""
+
+        with pytest.raises(StateError, match=r"lora_A.weight' is a Sharded; gather it"):
+            odd = torch.ones(2, 5).as_subclass(Sharded)
+            write_adapter_dir(tmp_path / "out", {**TENSORS, A: odd}, CONFIG)
+        bad = torch.full((3, 2), float("nan"))
+        with pytest.raises(NonFiniteError, match=r"lora_B.weight' holds NaN or infinity"):
+            write_adapter_dir(tmp_path / "out", {**TENSORS, B: bad}, CONFIG)
+        assert list(tmp_path.iterdir()) == []
 
     def test_tensors_that_share_memory_are_written_apart(self, tmp_path: Path) -> None:
         whole = torch.arange(10.0).view(2, 5)

@@ -174,6 +174,11 @@ class TestPublish:
             release(storage, run)
         assert storage.list("") == []
 
+    def test_a_run_that_used_up_its_numbers(self, storage: Storage) -> None:
+        storage.put_new("adapters/run7-v99999999.claim.json", b"the last one")
+        with pytest.raises(PublishError, match="has used up its 99999999 version numbers"):
+            release(storage)
+
     def test_an_export_that_cannot_work_takes_no_number(self, storage: Storage) -> None:
         _tensors, export = tiny_adapter()
         with pytest.raises(PublishError, match="the next version of 'run7' was not published"):
@@ -311,6 +316,25 @@ class TestRead:
         storage.put(path, fewer.to_bytes())
         with pytest.raises(DamagedError, match="lists "):
             read_version(storage, manifest.name)
+
+    def test_weights_with_another_sha256(self, storage: Storage) -> None:
+        manifest = release(storage)
+        fields = {name: getattr(manifest, name) for name in manifest.__slots__}
+        other = VersionManifest(**{**fields, "adapter_sha256": "0" * 64})
+        storage.put(f"adapters/{manifest.name}/{MANIFEST}", other.to_bytes())
+        with pytest.raises(DamagedError, match=f"has SHA-256 {manifest.adapter_sha256}, want 0000"):
+            read_version(storage, manifest.name)
+
+    def test_a_directory_that_lost_its_manifest(self, storage: Storage) -> None:
+        manifest = release(storage)
+        storage.delete(f"adapters/{manifest.name}/{MANIFEST}")
+        (entry,) = list_versions(storage)
+        if storage.has_rename:  # it appeared with its manifest, so the manifest was lost
+            assert (entry.state, entry.manifest) == ("damaged", None)
+            with pytest.raises(DamagedError, match=f"has no {MANIFEST}"):
+                read_version(storage, manifest.name)
+        else:  # its writer may be at work
+            assert entry.state == "claimed"
 
     @pytest.mark.parametrize("name", ["run7-v00000009", "run7", "latest", "run7-v9"])
     def test_names_that_are_not_there(self, storage: Storage, name: str) -> None:
