@@ -268,8 +268,8 @@ class TestWrite:
         class Sharded(torch.Tensor):
             """Stands for any tensor whose memory is not the whole of it."""
 
+        odd = torch.ones(2, 5).as_subclass(Sharded)
         with pytest.raises(StateError, match=r"lora_A.weight' is a Sharded; gather it"):
-            odd = torch.ones(2, 5).as_subclass(Sharded)
             write_adapter_dir(tmp_path / "out", {**TENSORS, A: odd}, CONFIG)
         bad = torch.full((3, 2), float("nan"))
         with pytest.raises(NonFiniteError, match=r"lora_B.weight' holds NaN or infinity"):
