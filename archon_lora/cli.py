@@ -27,6 +27,7 @@ from ckpt.errors import CkptError, ConfigError, UnrestoredRoot
 
 USAGE = 2
 FAILED = 1
+_PIPE_WIDTH = 140
 
 _SETTINGS_ERRORS = (
     TrainConfigError,
@@ -96,7 +97,11 @@ def demo(
 
     # The default would end this process at once and leave its children behind.
     signal.signal(signal.SIGTERM, _stop)
-    report = run_demo(out, DemoSettings(), console=Console())
+    console = Console()
+    if not console.is_terminal:
+        # rich would assume 80 columns and fold every cell.
+        console = Console(width=_PIPE_WIDTH)
+    report = run_demo(out, DemoSettings(), console=console)
     if not report.passed:
         raise typer.Exit(FAILED)
 

@@ -61,6 +61,22 @@ def test_a_phase_that_breaks_is_a_failed_check_with_its_log(tmp_path, monkeypatc
     assert json.loads((tmp_path / "results.json").read_text())["passed"] is False
 
 
+@pytest.mark.s3
+@pytest.mark.dist
+def test_a_demonstration_that_is_stopped_leaves_nothing_running(tmp_path):
+    command = [sys.executable, "-m", "archon_lora.cli", "demo", "--out", str(tmp_path / "out")]
+    with Child(command, log=tmp_path / "demo.log", env=environment()) as demo:
+        # The server, the launcher and two ranks.
+        demo.until(lambda: len(descendants(demo.pid)) >= 4, 90, "ranks")
+        below = descendants(demo.pid)
+        os.kill(demo.pid, signal.SIGTERM)
+        assert demo.wait(60) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while any(map(alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, below))
+
+
 def start_ranks(config, world, folder, **settings):
     """Ranks without a launcher: nobody but they themselves notices a dead peer."""
     with socket.socket() as probe:

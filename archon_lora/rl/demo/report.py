@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_PIPE_WIDTH = 140
 _MARKS = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]noted[/]"}
 
 
@@ -64,8 +63,7 @@ class Report:
         table.add_column("", justify="right")
         for check in self.checks:
             table.add_row(check.claim, check.measured, _MARKS[check.passed])
-        # Without a terminal rich assumes 80 columns, which folds every cell.
-        console.print(table, width=None if console.is_terminal else _PIPE_WIDTH)
+        console.print(table)
         total = sum(self.seconds.values())
         parts = ", ".join(f"{name} {spent:.1f}" for name, spent in self.seconds.items())
         console.print(f"{total:.1f} s ({parts})", markup=False, highlight=False)
