@@ -1,39 +1,40 @@
-"""The commands of ``ckpt``: ls, inspect, verify, export.
-
-Exit status: 0 fine; 1 something was found (damage, a value that is not finite, state that does not
-fit); 2 the request cannot be met (wrong option, no such step, the output exists); 3 the store.
-"""
+"""The commands of ``ckpt`` that look at a run and export from it: ls, inspect, verify, export."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
 from . import cli_tables as show
 from .about import package_version
 from .catalog import Problem, StepEntry, check_step, find_step, list_steps
-from .consolidate import consolidate
-from .errors import (
-    AlreadyExists,
-    CkptError,
-    ConfigError,
-    DamagedError,
-    NoCheckpoint,
-    ObjectNotFound,
-    StorageError,
+from .cli_common import (
+    FOUND,
+    USAGE,
+    AsJson,
+    Endpoint,
+    Epoch,
+    Step,
+    Url,
+    Version,
+    complain,
+    open_root,
+    output_console,
+    progress,
+    refuse_both,
+    reported,
+    store_options,
+    write_json,
 )
-from .peft import local_directory
-from .storage import Storage, open_storage
+from .consolidate import consolidate
+from .errors import ConfigError, NoCheckpoint
+from .storage import Storage
 from .types import FileRecord
 from .versions import (
     VersionEntry,
@@ -43,9 +44,6 @@ from .versions import (
     list_versions,
 )
 
-FOUND: Final = 1
-USAGE: Final = 2
-STORAGE: Final = 3
 _SHOWN_TENSORS: Final = 20
 _PIPE_WIDTH: Final = 120
 
@@ -63,21 +61,6 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-
-
-Url = Annotated[
-    str, typer.Argument(help="The run's root: a directory, or a URL such as s3://bucket/run7.")
-]
-Step = Annotated[int | None, typer.Option("--step", min=0, help="Step number.")]
-Epoch = Annotated[
-    int | None, typer.Option("--epoch", min=1, help="Writer of the step; for abandoned steps.")
-]
-Version = Annotated[str | None, typer.Option("--version", help="Name of a published version.")]
-Endpoint = Annotated[
-    str | None,
-    typer.Option("--endpoint-url", help="S3 endpoint; by default what AWS_ENDPOINT_URL says."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def run() -> int:
@@ -109,11 +92,11 @@ def top(
 @app.command("ls")
 def ls_command(url: Url, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """List steps and published versions, with the state of each."""
-    with _reported(as_json):
-        storage = _open(url, endpoint_url)
+    with reported(as_json):
+        storage = open_root(url, endpoint_url)
         steps, versions = list_steps(storage), list_versions(storage)
         if as_json:
-            _write_json(
+            write_json(
                 {
                     "url": storage.url,
                     "steps": [show.step_json(entry) for entry in steps],
@@ -121,7 +104,7 @@ def ls_command(url: Url, endpoint_url: Endpoint = None, as_json: AsJson = False)
                 }
             )
             return
-        console = _console()
+        console = output_console()
         if not steps and not versions:
             console.print(Text(f"no steps and no versions in {storage.url}"))
         if steps:
@@ -149,9 +132,9 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Show what a step (by default the newest) or a version holds."""
-    with _reported(as_json):
-        _refuse_both(step, version)
-        storage = _open(url, endpoint_url)
+    with reported(as_json):
+        refuse_both(step, version)
+        storage = open_root(url, endpoint_url)
         if version is not None:
             _inspect_version(find_version(storage, version), as_json)
             return
@@ -160,9 +143,9 @@ def inspect_command(
         if manifest is None:
             raise NoCheckpoint(f"step {entry.step} has no manifest: {entry.problem}")
         if as_json:
-            _write_json(show.manifest_json(entry, manifest))
+            write_json(show.manifest_json(entry, manifest))
             return
-        console = _console()
+        console = output_console()
         console.print(show.facts_table(show.step_facts(entry, manifest)))
         console.print()
         console.print(show.files_table(manifest.files))
@@ -175,7 +158,7 @@ def _inspect_version(entry: VersionEntry, as_json: bool) -> None:
     files: tuple[FileRecord, ...] = () if entry.manifest is None else entry.manifest.files
     if as_json:
         manifest = entry.manifest
-        _write_json(
+        write_json(
             {
                 **show.version_json(entry),
                 "base": None if manifest is None else show.base_json(manifest.base),
@@ -184,13 +167,13 @@ def _inspect_version(entry: VersionEntry, as_json: bool) -> None:
             }
         )
     else:
-        console = _console()
+        console = output_console()
         console.print(show.facts_table(show.version_facts(entry)))
         if files:
             console.print()
             console.print(show.files_table(files))
     if entry.state == "damaged":
-        _complain(f"version {entry.name} is damaged: {entry.problem}")
+        complain(f"version {entry.name} is damaged: {entry.problem}")
         raise typer.Exit(FOUND)
 
 
@@ -204,18 +187,18 @@ def verify_command(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte of all steps and versions, or of one, and compare the checksums."""
-    with _reported(as_json):
-        _refuse_both(step, version)
-        storage = _open(url, endpoint_url)
+    with reported(as_json):
+        refuse_both(step, version)
+        storage = open_root(url, endpoint_url)
         steps, versions = _chosen(storage, step, epoch, version)
         entries: list[StepEntry | VersionEntry] = [*steps, *versions]
         total = sum(entry.bytes or 0 for entry in entries)
-        with _progress("verifying", total) as advance:
+        with progress("verifying", total) as advance:
             results = [_verdict(item, check_step(storage, item, advance)) for item in steps]
             results += [_verdict(one, check_version(storage, one, advance)) for one in versions]
         damaged = sum(1 for result in results if result["problems"])
         if as_json:
-            _write_json({"url": storage.url, "ok": not damaged, "checked": results})
+            write_json({"url": storage.url, "ok": not damaged, "checked": results})
         else:
             _print_verdicts(results, damaged)
         if damaged:
@@ -253,7 +236,7 @@ def _verdict(entry: StepEntry | VersionEntry, problems: Iterable[Problem]) -> di
 
 
 def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
-    console = _console()
+    console = output_console()
     for result in results:
         line = show.state_text(str(result["state"]))
         line.append(f"  {result['path']}  {show.size_text(result['bytes'])}", style="default")
@@ -283,12 +266,12 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write the adapter of a step (by default the newest), or a version, as a PEFT directory."""
-    with _reported(as_json):
-        _refuse_both(step, version)
+    with reported(as_json):
+        refuse_both(step, version)
         if version is not None and dtype is not None:
             raise ConfigError("a version is copied as it was published: leave --dtype out")
-        storage = _open(url, endpoint_url)
-        options = _options(out, endpoint_url)
+        storage = open_root(url, endpoint_url)
+        options = store_options(out, endpoint_url)
         if version is not None:
             manifest, written = export_version(
                 storage, version, out, overwrite=overwrite, out_storage_options=options
@@ -303,14 +286,14 @@ def export_command(
                 epoch=epoch,
                 dtype=used,
                 overwrite=overwrite,
-                storage_options=_options(url, endpoint_url),
+                storage_options=store_options(url, endpoint_url),
                 out_storage_options=options,
             )
             written = result.written
             source = f"step {result.step} (writer {result.epoch})"
         size = sum(file.size for file in written.files)
         if as_json:
-            _write_json(
+            write_json(
                 {
                     "source": source,
                     "out": out,
@@ -326,70 +309,4 @@ def export_command(
             ("size", f"{show.size_text(size)}, {used}"),
             ("SHA-256", written.sha256),
         ]
-        _console().print(show.facts_table(facts))
-
-
-def _refuse_both(step: int | None, version: str | None) -> None:
-    if step is not None and version is not None:
-        raise ConfigError("--step and --version exclude each other: name one of them")
-
-
-def _options(url: str, endpoint_url: str | None) -> dict[str, Any] | None:
-    if endpoint_url is None or local_directory(url) is not None:
-        return None
-    return {"endpoint_url": endpoint_url}
-
-
-def _open(url: str, endpoint_url: str | None) -> Storage:
-    local = local_directory(url)
-    if local is not None and not local.is_dir():
-        raise ObjectNotFound(f"no such directory: {local}")
-    return open_storage(url, _options(url, endpoint_url))
-
-
-@contextlib.contextmanager
-def _reported(as_json: bool) -> Iterator[None]:
-    """Turn errors of the package into one line, a remedy and an exit status."""
-    try:
-        yield
-    except CkptError as error:
-        status, hint = _status(error)
-        message = " ".join(str(error).split())
-        if as_json:
-            _write_json({"error": {"type": type(error).__name__, "message": message}})
-        _complain(f"{message}{hint}")
-        raise typer.Exit(status) from None
-
-
-def _status(error: CkptError) -> tuple[int, str]:
-    if isinstance(error, AlreadyExists | ConfigError | NoCheckpoint):
-        return USAGE, ""
-    if isinstance(error, StorageError):
-        return STORAGE, "; check the URL, the AWS_* variables and --endpoint-url"
-    return FOUND, "; `ckpt verify` tells what else is damaged" * isinstance(error, DamagedError)
-
-
-def _complain(message: str) -> None:
-    sys.stderr.write(f"ckpt: {message}\n")
-
-
-def _write_json(document: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    # Without a terminal rich assumes 80 columns and would cut names that a pipe has room for.
-    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal's standard error; elsewhere nothing."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+        output_console().print(show.facts_table(facts))
