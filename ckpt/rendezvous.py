@@ -40,7 +40,7 @@ class Ranks:
         nonce: 24 hexadecimal digits that all ranks of this manager share and no other has.
         stores: two connections to the ranks' own store, one for the caller's thread and one for
             the background thread (a connection serves one request at a time).
-        group: the gloo group that carried the address, or None.
+        group: the gloo group that carried the address, if it is to be destroyed, or None.
     """
 
     rank: int
@@ -77,12 +77,13 @@ def join(process_group: dist.ProcessGroup | None, timeout: float) -> Ranks:
         return _alone()
     rank = members.index(dist.get_rank())
     span = datetime.timedelta(seconds=timeout)
+    part = len(members) < dist.get_world_size()
     group = dist.new_group(
         ranks=members,
         backend="gloo",
         timeout=span,
-        # Only the members call this, also when the group is part of the world.
-        use_local_synchronization=process_group is not None,
+        # Only the members of a part of the world call this.
+        use_local_synchronization=part,
     )
     message: dict[str, Any] = {}
     server: TCPStore | None = None
@@ -103,7 +104,9 @@ def join(process_group: dist.ProcessGroup | None, timeout: float) -> Ranks:
     except (OSError, RuntimeError) as error:
         msg = f"rank {rank} cannot reach rank 0's store at {message['host']}: {error}"
         raise SaveAborted(msg) from error
-    return Ranks(rank, len(members), message["nonce"], stores, group)
+    # Such a group is named after its members. Were it destroyed, the next one of the same members
+    # would get its name, and with it the addresses of closed sockets that it left in the store.
+    return Ranks(rank, len(members), message["nonce"], stores, None if part else group)
 
 
 def _alone() -> Ranks:

@@ -67,7 +67,7 @@ def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = 
         ranks=dist.get_process_group_ranks(world),
         backend="gloo",
         timeout=datetime.timedelta(seconds=config.barrier_group_timeout),
-        use_local_synchronization=process_group is not None,
+        use_local_synchronization=size < dist.get_world_size(),
         group_desc="archon_lora_checkpoint",
     )
     if cpu_group is None or rank < 0:
@@ -94,8 +94,11 @@ def close_groups(groups: Groups) -> None:
         return
     if groups.owns_default:
         dist.destroy_process_group()
-    else:
+    elif groups.world_size == dist.get_world_size():
         dist.destroy_process_group(groups.cpu_group)
+    # A group of a part of the world is named after its members. Were it destroyed, the next one of
+    # the same members would get its name, and with it the addresses of closed sockets that it left
+    # in the store.
 
 
 def _device(config: EngineConfig) -> torch.device:
