@@ -38,51 +38,56 @@ def canonical_fqn(name: str, ddp: Collection[str] = ()) -> str:
     return ".".join(kept)
 
 
-def ddp_paths(model: nn.Module) -> frozenset[str]:
-    """Paths of all DDP wrappers inside a model, the model itself included.
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(canonical path, module) of every module, parents first.
 
     Raises:
         StateError: a module is wrapped by FSDP1, whose flat parameters differ from rank to rank
             without saying so.
     """
-    found = set()
+    ddp: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
-            found.add(path)
+            ddp.add(path)
         elif isinstance(module, FullyShardedDataParallel):
             msg = (
                 f"module {path or '<root>'} is wrapped by FullyShardedDataParallel (FSDP1), whose "
                 "flat parameters cannot be resharded; use torch.distributed.fsdp.fully_shard"
             )
             raise StateError(msg)
-    return frozenset(found)
+        yield canonical_fqn(path, ddp), module
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(canonical name, parameter) of every parameter, tied ones once."""
-    ddp = ddp_paths(model)
-    for name, parameter in model.named_parameters():
-        yield canonical_fqn(name, ddp), parameter
+def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.Tensor]]]:
+    """Every parameter's name, and what of the model belongs into a checkpoint.
 
+    That is the parameters that require a gradient, and the persistent buffers of the modules
+    that own one or are adapters (have ``adapter_params``); if nothing is frozen, all persistent
+    buffers. Tied parameters count once, under their first name.
 
-def named_persistent_buffers(
-    model: nn.Module, *, everywhere: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, buffer) of the buffers that belong to what trains.
-
-    Args:
-        model: the model.
-        everywhere: take every module's buffers (nothing is frozen). Otherwise only those of
-            modules that own a trainable parameter or are adapters (have ``adapter_params``).
+    Returns:
+        ``id(parameter)`` to canonical FQN, and (canonical FQN, tensor) pairs in model order.
     """
-    ddp = ddp_paths(model)
-    for path, module in model.named_modules():
-        trains = everywhere or callable(getattr(module, "adapter_params", None))
-        trains = trains or any(p.requires_grad for p in module.parameters(recurse=False))
-        if not trains:
-            continue
+    names: dict[int, str] = {}
+    found: list[tuple[str, torch.Tensor]] = []
+    buffers: list[tuple[bool, str, torch.Tensor]] = []
+    frozen = False
+    for path, module in walk(model):
+        prefix = f"{path}." if path else ""
+        trains = hasattr(module, "adapter_params")
+        for name, parameter in module.named_parameters(recurse=False):
+            trains = trains or parameter.requires_grad
+            if id(parameter) in names:
+                continue
+            names[id(parameter)] = prefix + name
+            if parameter.requires_grad:
+                found.append((prefix + name, parameter))
+            else:
+                frozen = True
         for name, buffer in module.named_buffers(recurse=False):
             # torch has no public way to ask whether a buffer is persistent but a full
             # state_dict(), which runs every hook of the model.
             if name not in module._non_persistent_buffers_set:
-                yield canonical_fqn(f"{path}.{name}" if path else name, ddp), buffer
+                buffers.append((trains, prefix + name, buffer))
+    found += [(name, buffer) for trains, name, buffer in buffers if trains or not frozen]
+    return names, found

@@ -17,7 +17,6 @@ from typing import Any
 from .about import package_version
 from .arena import Arena, Slot
 from .commit import Place, check_current, commit_step, discard, place
-from .dtypes import TORCH_DTYPES
 from .envelope import utc_now
 from .errors import (
     CkptError,
@@ -389,19 +388,14 @@ class SlotSource:
         own_file: str | None,
         stored: StepSource | None,
     ) -> None:
-        # Counters and masks are state, not weights: the adapter computes the same without them.
-        self._records = {
-            record.name: record
-            for record in tensors
-            if TORCH_DTYPES[record.dtype].is_floating_point
-        }
+        self._records = {record.name: record for record in tensors}
         self._slot = slot
         self._own_file = own_file
         self._stored = stored
 
     @property
     def records(self) -> Mapping[str, TensorRecord]:
-        """Every floating-point tensor by its checkpoint name."""
+        """Every tensor by its checkpoint name."""
         return self._records
 
     def read(self, file: str, start: int, end: int) -> Buffer:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, StateError
-from .fqn import named_parameters, named_persistent_buffers
+from .fqn import trainable
 from .optim import (
     apply_optimizer,
     group_problem,
@@ -139,15 +139,10 @@ class TrainState:
         tensors: dict[str, torch.Tensor] = {}
         names: dict[int, str] = {}
         for model in self.models:
-            frozen = False
-            for name, parameter in named_parameters(model):
-                names[id(parameter)] = name
-                if parameter.requires_grad:
-                    _add(tensors, name, parameter)
-                else:
-                    frozen = True
-            for name, buffer in named_persistent_buffers(model, everywhere=not frozen):
-                _add(tensors, name, buffer)
+            named, found = trainable(model)
+            names |= named
+            for name, tensor in found:
+                _add(tensors, name, tensor)
         if not any(tensor.requires_grad for tensor in tensors.values()):
             msg = (
                 "the model has no parameter that requires a gradient, so there is nothing to "

@@ -461,6 +461,19 @@ def test_a_changed_layout_is_noticed_and_planned_again(tmp_path):
         assert again.optimizer.state == {}
 
 
+def test_another_shape_under_the_same_name_is_planned_again(tmp_path):
+    model = Tiny()
+    state = TrainState(model)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state)
+        model.a = torch.nn.Parameter(torch.full((4, 6), 2.0))
+        assert manager.save(1, state).metrics.planned
+    with CheckpointManager(tmp_path) as manager:
+        model.a = torch.nn.Parameter(torch.zeros(4, 6))
+        assert manager.restore(state) == 1
+    assert torch.equal(model.a, torch.full((4, 6), 2.0))
+
+
 def test_a_tensor_swapped_behind_the_same_name_is_saved(tmp_path):
     run = Run()
     run.step()
