@@ -157,3 +157,8 @@ def _child(
         sys.stderr.flush()
         # Threads of a failed run may be stuck in a wait; the parent has all it needs.
         os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter's own end now and then meets a thread of torch's that is still leaving, and
+    # aborts; everything that the test wants to know is on disk.
+    os._exit(0)
