@@ -24,15 +24,15 @@ from .errors import (
     VoteTimeout,
 )
 from .handle import SaveHandle
+from .job import Job, encode_values
 from .layout import check_name, check_step
 from .planner import Planner
 from .rendezvous import join
 from .restore import RestoreReport, restore
 from .retain import Keeper
-from .save import EchoError, Job, SavePipeline
-from .state import encode_state
+from .save import EchoError, SavePipeline
 from .storage import Storage, open_storage
-from .train_state import LiveTensors, TrainState
+from .train_state import TrainState
 from .types import MODEL_PREFIX, Retention, SaveMetrics
 from .vote import Board
 
@@ -290,7 +290,7 @@ class CheckpointManager:
         if not resumable:
             tensors = {n: t for n, t in tensors.items() if n.startswith(MODEL_PREFIX)}
         cached, planned, epoch = self._planner.layout(seq, step, tensors, resumable=resumable)
-        shared, mine = self._values(state, live, resumable=resumable)
+        shared, mine = encode_values(state, live, resumable=resumable)
         slot = cached.arena.acquire(2 * RESTORE_PATIENCE * self._vote_timeout)
         try:
             if slot is not None:
@@ -329,18 +329,6 @@ class CheckpointManager:
             handle=handle,
             started=started,
         )
-
-    def _values(
-        self, state: TrainState, live: LiveTensors, *, resumable: bool
-    ) -> tuple[dict[str, bytes], bytes]:
-        """The JSON half of the snapshot, encoded now so that nothing can change it."""
-        if not resumable:
-            version = {"policy_version": state.policy_version}
-            return {"version": encode_state(version)}, encode_state(None)
-        shared = {
-            section: encode_state(value) for section, value in state.shared_values(live).items()
-        }
-        return shared, encode_state(state.rank_values())
 
     def _run(self, job: Job) -> None:
         """The background thread's whole treatment of a job."""

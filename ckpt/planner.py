@@ -11,6 +11,7 @@ import torch
 from .arena import Arena
 from .commit import Parent, claim_epoch
 from .errors import CkptError, PlanError
+from .job import plan_topic, save_topic
 from .plan import (
     Layout,
     Piece,
@@ -22,7 +23,6 @@ from .plan import (
     tensor_records,
 )
 from .restore import RestoreReport
-from .save import plan_topic, save_topic
 from .storage import Storage
 from .vote import Board, RemoteFailure
 

@@ -18,23 +18,18 @@ import torch
 from .arena import local_tensor
 from .catalog import check_sizes, read_writers
 from .commit import newest_epoch
-from .dtypes import TORCH_DTYPES, dtype_code
-from .errors import BaseMismatch, CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StateError
+from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound
 from .fetch import fetch
-from .layout import MANIFEST, STATE, STEPS, check_step, parse_step_dir, step_dir
+from .layout import MANIFEST, STEPS, check_step, parse_step_dir, step_dir
 from .lineage import committed_lineage
 from .manifest import StepManifest
-from .optim import state_target
+from .match import Staged, check_base, match, read_state
 from .plan import local_pieces
-from .state import decode_state
-from .storage import Storage, read_checked
-from .train_state import LiveTensors, TrainState
-from .types import MODEL_PREFIX, OPTIM_PREFIX, TensorRecord
+from .storage import Storage
+from .train_state import TrainState
 from .vote import Board, RemoteFailure
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +62,6 @@ class RestoreReport:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Staged:
-    """A verified step, ready to be copied into place."""
-
-    manifest: StepManifest
-    values: dict[str, torch.Tensor]
-    targets: dict[str, torch.Tensor]
-    optimizer: dict[str, dict[str, torch.Tensor]]
-    shared: Mapping[str, Any]
-    ranks: Sequence[Mapping[str, Any]]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
 
 
 def restore(
@@ -194,9 +175,9 @@ def _agree(
     damaged: list[DamagedStep],
     *,
     strict: bool,
-) -> _Staged | None:
+) -> Staged | None:
     """Stage a step on every rank; None (on every rank) if any found it damaged."""
-    staged: _Staged | None = None
+    staged: Staged | None = None
     own: CkptError | None = None
     try:
         staged, digest = _stage(storage, state, pair, board, strict=strict)
@@ -239,7 +220,7 @@ def _tally(answers: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _stage(
     storage: Storage, state: TrainState, pair: tuple[int, int], board: Board, *, strict: bool
-) -> tuple[_Staged, str]:
+) -> tuple[Staged, str]:
     """Read and check everything this rank needs; nothing live changes.
 
     Raises:
@@ -257,10 +238,10 @@ def _stage(
         if board.rank == 0:
             for problem in check_sizes(storage, directory, manifest.files):
                 raise DamagedError(problem.message)
-        shared, ranks = _read_state(storage, directory, manifest)
-        _check_base(state, manifest)
+        shared, ranks = read_state(storage, directory, manifest)
+        check_base(state, manifest)
         live = state.live()
-        staged = _match(state, live, manifest, shared, ranks, strict=strict)
+        staged = match(state, live, manifest, shared, ranks, strict=strict)
         pieces = local_pieces(staged.targets)
         staged.values = fetch(
             storage, directory, manifest, pieces, rank=board.rank, world=board.world
@@ -270,124 +251,7 @@ def _stage(
     return staged, hashlib.sha256(data).hexdigest()
 
 
-def _read_state(
-    storage: Storage, directory: str, manifest: StepManifest
-) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
-    record = next((file for file in manifest.files if file.name.rpartition("/")[2] == STATE), None)
-    if record is None:
-        msg = f"{storage.url}/{directory}/{MANIFEST} lists no {STATE}"
-        raise DamagedError(msg)
-    path = f"{directory}/{record.name}"
-    value = decode_state(read_checked(storage, path, record), f"{storage.url}/{path}")
-    return value["shared"], value["ranks"]
-
-
-def _check_base(state: TrainState, manifest: StepManifest) -> None:
-    if state.base is None or manifest.base is None:
-        return
-    if state.base.config_hash != manifest.base.config_hash:
-        msg = (
-            f"step {manifest.step} was trained over base model {manifest.base.name!r} "
-            f"(config {manifest.base.config_hash[:12]}), the live base is {state.base.name!r} "
-            f"(config {state.base.config_hash[:12]}); load the base it was trained over"
-        )
-        raise BaseMismatch(msg)
-
-
-def _match(
-    state: TrainState,
-    live: LiveTensors,
-    manifest: StepManifest,
-    shared: Mapping[str, Any],
-    ranks: Sequence[Mapping[str, Any]],
-    *,
-    strict: bool,
-) -> _Staged:
-    """Pair every stored tensor with the live one it goes to.
-
-    Raises:
-        StateError: names (if ``strict``), shapes or dtypes differ; lists them.
-    """
-    records = {record.name: record for record in manifest.tensors}
-    model = {name: t for name, t in live.tensors.items() if name.startswith(MODEL_PREFIX)}
-    missing = [name for name in model if name not in records]
-    extra = [n for n in records if n.startswith(MODEL_PREFIX) and n not in model]
-    targets = {name: tensor for name, tensor in model.items() if name in records}
-    _check_alike(targets, records)
-    optimizer: dict[str, dict[str, torch.Tensor]] = {}
-    if state.optimizer is not None and shared["optimizer"] is not None:
-        saved = shared["optimizer"]
-        grouped = {name for group in saved["groups"] for name in group["params"]}
-        missing += [f"{OPTIM_PREFIX}{n}" for n in live.optimizer_params if n not in grouped]
-        extra += [f"{OPTIM_PREFIX}{n}" for n in sorted(grouped) if n not in live.optimizer_params]
-        for fqn, keys in saved["tensors"].items():
-            if fqn not in live.optimizer_params:
-                continue
-            for key in keys:
-                name = f"{OPTIM_PREFIX}{fqn}.{key}"
-                record = records.get(name)
-                if record is None:
-                    msg = f"step {manifest.step}: {STATE} names {name}, which no shard holds"
-                    raise DamagedError(msg)
-                target = state_target(
-                    state.optimizer,
-                    live.optimizer_params,
-                    fqn,
-                    key,
-                    record.shape,
-                    TORCH_DTYPES[record.dtype],
-                )
-                optimizer.setdefault(fqn, {})[key] = target
-                targets[name] = target
-    sections = state.problems(shared, ranks)
-    if strict and (missing or extra or sections):
-        raise StateError(_difference(manifest, missing, extra, sections))
-    for problem in (*missing, *extra, *sections):
-        logger.warning(
-            "restore of step %d: %s does not match; left as it is", manifest.step, problem
-        )
-    return _Staged(
-        manifest, {}, targets, optimizer, shared, ranks, (*missing, *sections), tuple(extra)
-    )
-
-
-def _check_alike(targets: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord]) -> None:
-    wrong = []
-    for name, tensor in targets.items():
-        record = records[name]
-        live = (dtype_code(tensor.dtype), tuple(tensor.shape))
-        if live != (record.dtype, record.shape):
-            wrong.append(
-                f"{name} is {record.dtype} {list(record.shape)} in the checkpoint and "
-                f"{live[0]} {list(live[1])} here"
-            )
-    if wrong:
-        more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-        msg = f"shapes or dtypes differ: {'; '.join(wrong[:_SHOWN])}{more}; nothing was changed"
-        raise StateError(msg)
-
-
-def _difference(
-    manifest: StepManifest, missing: list[str], extra: list[str], sections: list[str]
-) -> str:
-    parts = []
-    if missing:
-        parts.append(f"the checkpoint lacks {_some(missing)}")
-    if extra:
-        parts.append(f"the live state lacks {_some(extra)}")
-    parts += sections
-    return (
-        f"step {manifest.step} does not fit the live state: {'; '.join(parts)}. Nothing was "
-        "changed; build the same state, or pass strict=False to restore what fits"
-    )
-
-
-def _some(names: list[str]) -> str:
-    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _apply(state: TrainState, staged: _Staged, board: Board) -> list[str]:
+def _apply(state: TrainState, staged: Staged, board: Board) -> list[str]:
     """Copy the verified values into place."""
     with torch.no_grad():
         for name, value in staged.values.items():

@@ -7,15 +7,13 @@ Rank 0 coordinates; whatever goes wrong on any rank before the commit aborts the
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from typing import Any
 
 from .about import package_version
-from .arena import Arena, Slot
 from .commit import Place, check_current, commit_step, discard, place
 from .envelope import utc_now
 from .errors import (
@@ -27,78 +25,18 @@ from .errors import (
     SaveAborted,
     Superseded,
 )
-from .handle import SaveHandle
+from .job import Job, compose_state, file_record_of, located, plan_topic, save_topic
 from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
-from .plan import Layout, Piece, difference
+from .plan import Piece, difference
 from .publish import publish_version
+from .slot_source import SlotSource
 from .source import StepSource
-from .state import SCHEMA, STATE_FORMAT
 from .storage import Storage, put_checked
-from .storage.base import Buffer
-from .types import AdapterExport, BaseIdentity, FileRecord, TensorRecord
+from .types import FileRecord
 from .vote import Board, Failure, RemoteFailure
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Job:
-    """One save on its way through the background thread.
-
-    Attributes:
-        seq: number of the call in this manager, equal on all ranks.
-        step: step number; None for a publish without one.
-        resumable: whether a step is committed (False: a version only).
-        publish: whether a version is published.
-        planned: whether this call planned anew.
-        attempt: id of this try.
-        epoch: the writer's epoch.
-        layout: who writes what.
-        arena: where the slot goes back to.
-        slot: the copied bytes; None on a rank that writes no file.
-        shared: encoded values that are equal on all ranks, by section.
-        mine: this rank's encoded values.
-        export: how the adapter is made, or None.
-        base: the base model, or None.
-        policy_version: the trainer's count of policy updates, or None.
-        handle: what the caller holds.
-        started: ``time.perf_counter()`` when the call began.
-    """
-
-    seq: int
-    step: int | None
-    resumable: bool
-    publish: bool
-    planned: bool
-    attempt: str
-    epoch: int
-    layout: Layout
-    arena: Arena
-    slot: Slot | None
-    shared: Mapping[str, bytes]
-    mine: bytes
-    export: AdapterExport | None
-    base: BaseIdentity | None
-    policy_version: int | None
-    handle: SaveHandle
-    started: float
-    files: dict[int, FileRecord] = field(default_factory=dict)
-
-    @property
-    def topic(self) -> str:
-        """Where the ranks vote on it."""
-        return save_topic(self.seq)
-
-
-def save_topic(seq: int) -> str:
-    """Topic of the vote on a manager's ``seq``-th save."""
-    return f"save/{seq}"
-
-
-def plan_topic(seq: int) -> str:
-    """Topic of the planning that the ``seq``-th save may need."""
-    return f"plan/{seq}"
 
 
 class EchoError(SaveAborted):
@@ -257,7 +195,7 @@ class SavePipeline:
                 msg = f"rank {rank} wrote {ballot['file']}, the plan says otherwise"
                 raise PlanError(msg)
             if ballot["file"] is not None:
-                job.files[rank] = _file_record(ballot["file"])
+                job.files[rank] = file_record_of(ballot["file"])
 
     def _manifest(
         self, job: Job, where: Place, ballots: Sequence[Mapping[str, Any]]
@@ -287,7 +225,7 @@ class SavePipeline:
             fingerprint=job.layout.fingerprint,
             base=job.base,
             export=job.export,
-            tensors=_located(job.layout.records, job.files),
+            tensors=located(job.layout.records, job.files),
             files=tuple(sorted(files, key=lambda record: record.name)),
             adapter_sha256=None,
             policy_version=job.policy_version,
@@ -370,67 +308,12 @@ class SavePipeline:
     def _source(self, job: Job, manifest: StepManifest | None, where: Place) -> SlotSource:
         if manifest is None:  # one rank and no step: all bytes are in the slot
             record = FileRecord(shard_name(0, 1), 0 if job.slot is None else job.slot.nbytes, 0, ())
-            tensors = _located(job.layout.records, {0: record})
+            tensors = located(job.layout.records, {0: record})
             return SlotSource(tensors, job.slot, record.name, None)
         directory = where.final
         own = job.files.get(0)
         stored = StepSource(self._storage, directory, manifest)
         return SlotSource(manifest.tensors, job.slot, None if own is None else own.name, stored)
-
-
-class SlotSource:
-    """A snapshot's tensors: this rank's bytes from its slot, the others' from storage."""
-
-    def __init__(
-        self,
-        tensors: Sequence[TensorRecord],
-        slot: Slot | None,
-        own_file: str | None,
-        stored: StepSource | None,
-    ) -> None:
-        self._records = {record.name: record for record in tensors}
-        self._slot = slot
-        self._own_file = own_file
-        self._stored = stored
-
-    @property
-    def records(self) -> Mapping[str, TensorRecord]:
-        """Every tensor by its checkpoint name."""
-        return self._records
-
-    def read(self, file: str, start: int, end: int) -> Buffer:
-        """Bytes ``[start, end)`` of a file that the records name.
-
-        Raises:
-            DamagedError: no such file, or bytes that do not verify.
-        """
-        if file == self._own_file and self._slot is not None:
-            return self._slot.buffer()[start:end]
-        if self._stored is None:
-            msg = f"{file} is not part of the snapshot"
-            raise DamagedError(msg)
-        return self._stored.read(file, start, end)
-
-
-def compose_state(shared: Mapping[str, bytes], ranks: Sequence[str]) -> bytes:
-    """``state.json`` from values that were encoded on their own.
-
-    It decodes to ``{"shared": {section: value}, "ranks": [value, ...]}``.
-    """
-
-    def value(encoded: str | bytes) -> Any:
-        # The codec's documents are plain JSON, so they nest without being decoded.
-        return json.loads(encoded)["value"]
-
-    document = {
-        "format": STATE_FORMAT,
-        "schema": SCHEMA,
-        "value": {
-            "shared": {section: value(data) for section, data in shared.items()},
-            "ranks": [value(data) for data in ranks],
-        },
-    }
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def aborted(job: Job, failure: Failure, rank: int, own: BaseException | None) -> CkptError:
@@ -446,22 +329,3 @@ def aborted(job: Job, failure: Failure, rank: int, own: BaseException | None) ->
     if own is not None and failure.rank == rank:
         error.__cause__ = own
     return error
-
-
-def _file_record(value: Mapping[str, Any]) -> FileRecord:
-    return FileRecord(value["name"], value["size"], value["crc32"], tuple(value["block_crc32"]))
-
-
-def _located(
-    records: Sequence[TensorRecord], files: Mapping[int, FileRecord]
-) -> tuple[TensorRecord, ...]:
-    """Plan records with the names of the files in the place of the writing ranks' numbers."""
-    return tuple(
-        replace(
-            record,
-            chunks=tuple(
-                replace(chunk, file=files[int(chunk.file)].name) for chunk in record.chunks
-            ),
-        )
-        for record in records
-    )

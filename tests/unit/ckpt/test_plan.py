@@ -17,6 +17,7 @@ from ckpt.dtypes import TORCH_DTYPES
 from ckpt.envelope import utc_now
 from ckpt.errors import DamagedError, PlanError, SaveAborted
 from ckpt.fetch import fetch
+from ckpt.job import compose_state, located
 from ckpt.manifest import StepManifest
 from ckpt.plan import (
     Piece,
@@ -27,7 +28,7 @@ from ckpt.plan import (
     shard_layout,
     tensor_records,
 )
-from ckpt.save import SlotSource, _located, compose_state
+from ckpt.slot_source import SlotSource
 from ckpt.state import decode_state, encode_state
 from ckpt.storage import open_storage
 
@@ -76,7 +77,7 @@ def write_step(root, tensors, held):
         fingerprint="f",
         base=None,
         export=None,
-        tensors=_located(tensor_records(held[0], assigned), records),
+        tensors=located(tensor_records(held[0], assigned), records),
         files=tuple(records.values()),
         adapter_sha256=None,
         policy_version=None,

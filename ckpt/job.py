@@ -1,0 +1,130 @@
+"""One save on its way: what the caller's thread hands to the background, and what it becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .arena import Arena, Slot
+from .handle import SaveHandle
+from .plan import Layout
+from .state import SCHEMA, STATE_FORMAT, encode_state
+from .train_state import LiveTensors, TrainState
+from .types import AdapterExport, BaseIdentity, FileRecord, TensorRecord
+
+
+@dataclass(slots=True)
+class Job:
+    """One save on its way through the background thread.
+
+    Attributes:
+        seq: number of the call in this manager, equal on all ranks.
+        step: step number; None for a publish without one.
+        resumable: whether a step is committed (False: a version only).
+        publish: whether a version is published.
+        planned: whether this call planned anew.
+        attempt: id of this try.
+        epoch: the writer's epoch.
+        layout: who writes what.
+        arena: where the slot goes back to.
+        slot: the copied bytes; None on a rank that writes no file.
+        shared: encoded values that are equal on all ranks, by section.
+        mine: this rank's encoded values.
+        export: how the adapter is made, or None.
+        base: the base model, or None.
+        policy_version: the trainer's count of policy updates, or None.
+        handle: what the caller holds.
+        started: ``time.perf_counter()`` when the call began.
+    """
+
+    seq: int
+    step: int | None
+    resumable: bool
+    publish: bool
+    planned: bool
+    attempt: str
+    epoch: int
+    layout: Layout
+    arena: Arena
+    slot: Slot | None
+    shared: Mapping[str, bytes]
+    mine: bytes
+    export: AdapterExport | None
+    base: BaseIdentity | None
+    policy_version: int | None
+    handle: SaveHandle
+    started: float
+    files: dict[int, FileRecord] = field(default_factory=dict)
+
+    @property
+    def topic(self) -> str:
+        """Where the ranks vote on it."""
+        return save_topic(self.seq)
+
+
+def save_topic(seq: int) -> str:
+    """Topic of the vote on a manager's ``seq``-th save."""
+    return f"save/{seq}"
+
+
+def plan_topic(seq: int) -> str:
+    """Topic of the planning that the ``seq``-th save may need."""
+    return f"plan/{seq}"
+
+
+def encode_values(
+    state: TrainState, live: LiveTensors, *, resumable: bool
+) -> tuple[dict[str, bytes], bytes]:
+    """The JSON half of a snapshot, encoded at once so that nothing can change it.
+
+    Returns:
+        The values that are equal on all ranks by section, and this rank's own.
+    """
+    if not resumable:
+        version = {"policy_version": state.policy_version}
+        return {"version": encode_state(version)}, encode_state(None)
+    shared = {section: encode_state(value) for section, value in state.shared_values(live).items()}
+    return shared, encode_state(state.rank_values())
+
+
+def compose_state(shared: Mapping[str, bytes], ranks: Sequence[str]) -> bytes:
+    """``state.json`` from values that were encoded on their own.
+
+    It decodes to ``{"shared": {section: value}, "ranks": [value, ...]}``.
+    """
+
+    def value(encoded: str | bytes) -> Any:
+        # The codec's documents are plain JSON, so they nest without being decoded.
+        return json.loads(encoded)["value"]
+
+    document = {
+        "format": STATE_FORMAT,
+        "schema": SCHEMA,
+        "value": {
+            "shared": {section: value(data) for section, data in shared.items()},
+            "ranks": [value(data) for data in ranks],
+        },
+    }
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def file_record_of(value: Mapping[str, Any]) -> FileRecord:
+    """A file's record from the form in which it travelled to rank 0."""
+    return FileRecord(value["name"], value["size"], value["crc32"], tuple(value["block_crc32"]))
+
+
+def located(
+    records: Sequence[TensorRecord], files: Mapping[int, FileRecord]
+) -> tuple[TensorRecord, ...]:
+    """Plan records with the names of the files in the place of the writing ranks' numbers."""
+    return tuple(
+        replace(
+            record,
+            chunks=tuple(
+                replace(chunk, file=files[int(chunk.file)].name) for chunk in record.chunks
+            ),
+        )
+        for record in records
+    )
