@@ -14,7 +14,7 @@ from rich.text import Text
 from . import cli_tables as show
 from .about import package_version
 from .catalog import Problem, StepEntry, check_step, find_step, list_steps
-from .cli_common import (
+from .cli_console import (
     FOUND,
     USAGE,
     AsJson,
