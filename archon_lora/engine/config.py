@@ -141,7 +141,7 @@ class EngineConfig:
         seed: seeds the dropout masks, with the rank added. Adapters start from ``lora.seed``.
         device: ``auto`` takes CUDA where there is a device.
         barrier_timeout: seconds that a rank waits for the others around a save or load.
-        barrier_group_timeout: seconds that one transfer between ranks may take there.
+        transfer_timeout: seconds that one transfer between ranks may take there.
         temperature: logits are divided by it before log-probabilities are taken.
     """
 
@@ -157,7 +157,7 @@ class EngineConfig:
     seed: int = 0
     device: Device = "auto"
     barrier_timeout: float = 120.0
-    barrier_group_timeout: float = 600.0
+    transfer_timeout: float = 600.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class EngineConfig:
             _is_count(self.micro_batches, 1), "micro_batches", "an integer >= 1", self.micro_batches
         )
         _require(_is_count(self.seed, 0), "seed", "an integer >= 0", self.seed)
-        for name in ("barrier_timeout", "barrier_group_timeout", "temperature"):
+        for name in ("barrier_timeout", "transfer_timeout", "temperature"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, "a number > 0", value)
         if self.lora is not None:

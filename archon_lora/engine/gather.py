@@ -92,8 +92,13 @@ class Gather:
                 continue
             for box in whole.boxes:
                 if box.owner == self._rank:
-                    dist.send(_local(self._tensors[name]), group=self._group, group_dst=0)
+                    dist.send(as_bytes(_local(self._tensors[name])), group=self._group, group_dst=0)
             yield name, None
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's memory as uint8 ``[bytes]``; gloo does not know every dtype."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -101,7 +106,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     data = bytearray(tensor.numel() * tensor.element_size())
     if data:
         target = torch.frombuffer(data, dtype=torch.uint8)
-        target.copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
+        target.copy_(as_bytes(tensor.contiguous()))
     return memoryview(data)
 
 
@@ -197,6 +202,6 @@ def _assemble(
             full[box.place] = _local(mine)
         else:
             piece = torch.empty(box.sizes, dtype=whole.dtype)
-            dist.recv(piece, group=group, group_src=box.owner)
+            dist.recv(as_bytes(piece), group=group, group_src=box.owner)
             full[box.place] = piece
     return full

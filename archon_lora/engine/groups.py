@@ -66,7 +66,7 @@ def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = 
     cpu_group = dist.new_group(
         ranks=dist.get_process_group_ranks(world),
         backend="gloo",
-        timeout=datetime.timedelta(seconds=config.barrier_group_timeout),
+        timeout=datetime.timedelta(seconds=config.transfer_timeout),
         use_local_synchronization=size < dist.get_world_size(),
         group_desc="archon_lora_checkpoint",
     )

@@ -34,7 +34,7 @@ from ckpt.storage import Buffer, Storage, open_storage
 
 from .adapter_stream import AdapterStream, require_lora
 from .agree import agree, attempt, deadline_of, gather_json, rank_of
-from .gather import dtype_name, dtype_named
+from .gather import as_bytes, dtype_name, dtype_named
 from .types import EngineLike
 
 
@@ -170,7 +170,7 @@ def _read_everywhere(
         tensor = (
             tensors[key].contiguous() if tensors else torch.empty(shape, dtype=dtype_named(dtype))
         )
-        dist.broadcast(tensor, group=group, group_src=0)
+        dist.broadcast(as_bytes(tensor), group=group, group_src=0)
         whole[key] = tensor
     return first["config"], whole
 

@@ -41,6 +41,7 @@ def test_gather_brings_every_placement_to_the_first_rank(results: dict[str, list
     first, *others = results["gathered"]
     assert first == {
         "columns": (True, "torch.bfloat16"),
+        "eight": (True, "torch.float8_e4m3fn"),
         "only_here": True,
         "rows": (True, "torch.float32"),
         "scalar": (True, "torch.float32"),

@@ -11,7 +11,11 @@ from support.ranks_engine import Call, run_all
 
 pytestmark = pytest.mark.dist
 NORMS = [2.0, math.inf]
-LAYOUTS = [(2, 1, "shard"), (2, 3, "shard"), (4, 2, "shard"), (4, 3, "hybrid"), (2, 2, "replicate")]
+LAYOUTS = [
+    *((world, rank, "shard") for world in (2, 4) for rank in (1, 2, 3)),
+    (4, 3, "hybrid"),
+    (2, 2, "replicate"),
+]
 
 
 @pytest.fixture(scope="module")

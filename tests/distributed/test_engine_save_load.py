@@ -16,6 +16,7 @@ from archon_lora.engine import OptimizerConfig
 
 pytestmark = pytest.mark.dist
 RSLORA = {"lora": LoRAConfig(rank=3, alpha=7.0, use_rslora=True, rank_pattern={"q_proj": 2})}
+BF16 = {"lora": LoRAConfig(rank=4, alpha=8.0, adapter_dtype="bfloat16"), "dtype": "bfloat16"}
 DECAY = OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=1, total_steps=9)
 DROPOUT = {"lora": LoRAConfig(rank=4, alpha=8.0, dropout=0.2), "optimizer": DECAY}
 PLAIN = {"lora": LoRAConfig(rank=3, alpha=6.0), "optimizer": DECAY}
@@ -70,6 +71,8 @@ def results(root: Path) -> dict[str, list]:
     for name in FORMATS:
         two |= resume(2, name, "save", {**DROPOUT, "format": name})
         two |= resume(2, name, "load", {**DROPOUT, "format": name})
+    two["bf16 saved"] = (ranks_engine.save_adapter, adapter("bf16", BF16))
+    two["bf16"] = (ranks_engine.load_adapter, adapter("bf16", BF16))
     found |= run_all(2, two)
     for world in (1, 4):
         load: Call = (ranks_engine.load_adapter, adapter("rslora", RSLORA))
@@ -101,6 +104,16 @@ def test_an_adapter_of_two_ranks_loads_on_four_and_on_one(results: dict[str, lis
         for name, value in alone["adapter"].items():
             assert torch.equal(result["adapter"][name], value), name
         torch.testing.assert_close(result["logits"], alone["logits"])
+
+
+def test_bf16_adapters_cross_ranks_too(results: dict[str, list], root: Path) -> None:
+    stored = load_file(root / "bf16" / "adapter_model.safetensors")
+    first, second = results["bf16"]
+    assert len(stored) == len(first["adapter"])
+    for name, value in first["adapter"].items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, second["adapter"][name])
+    assert all(t.dtype == torch.bfloat16 for t in stored.values())
 
 
 def test_a_whole_model_has_the_same_bytes_from_any_number_of_ranks(

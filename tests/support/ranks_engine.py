@@ -157,8 +157,9 @@ def gathered(rank: int, world: int) -> dict | None:
         "columns": torch.arange(24.0, dtype=torch.bfloat16).view(3, 8),
         "uneven": torch.arange(6).view(3, 2),
         "scalar": torch.tensor(7.5),
+        "eight": torch.arange(8.0).to(torch.float8_e4m3fn).view(4, 2),
     }
-    dims = {"rows": 0, "columns": 1, "uneven": 0}
+    dims = {"rows": 0, "columns": 1, "uneven": 0, "eight": 0}
     tensors = {
         name: distribute_tensor(t, mesh, [Shard(dims[name])], src_data_rank=None)
         if name in dims
@@ -171,7 +172,8 @@ def gathered(rank: int, world: int) -> dict | None:
     if rank != 0:
         return {name: value is None for name, value in got.items()}
     return {
-        name: name == "only_here" or (torch.equal(got[name], source[name]), str(got[name].dtype))
+        name: name == "only_here"
+        or (torch.equal(got[name].float(), source[name].float()), str(got[name].dtype))
         for name in got
     }
 
