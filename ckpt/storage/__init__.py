@@ -12,8 +12,9 @@ from ckpt.errors import ConfigError
 from .base import Buffer, Entry, Storage
 from .checked import put_checked, read_checked
 from .posix import PosixStorage
+from .traffic import Traffic
 
-__all__ = ["Buffer", "Entry", "Storage", "open_storage", "put_checked", "read_checked"]
+__all__ = ["Buffer", "Entry", "Storage", "Traffic", "open_storage", "put_checked", "read_checked"]
 
 
 def open_storage(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from .traffic import Traffic
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Contiguous bytes; a memoryview must have format ``B``."""
 
@@ -37,6 +39,11 @@ class Storage(Protocol):
     @property
     def has_rename(self) -> bool:
         """True where a directory can be made visible by one atomic rename (POSIX)."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """Requests and bytes since this object was made; never reset."""
         ...
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:

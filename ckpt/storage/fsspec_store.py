@@ -29,6 +29,7 @@ from .base import Buffer, Entry
 from .faultpoints import hit
 from .paths import SourceFailed, as_views, checked_path, sized_views
 from .redact import Redactor, public_url
+from .traffic import Meter, Traffic
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class FsspecStorage:
         self._pid = os.getpid()
         self._fs, self._root = self._connect()
         self._exclusive = False
+        self._meter = Meter()
 
     def __repr__(self) -> str:
         return f"FsspecStorage({self._url!r})"
@@ -79,6 +81,11 @@ class FsspecStorage:
     def has_rename(self) -> bool:
         """Never: object stores copy and delete."""
         return False
+
+    @property
+    def traffic(self) -> Traffic:
+        """Requests and bytes so far."""
+        return self._meter.read()
 
     def local_path(self, path: str) -> Path | None:
         """None."""
@@ -99,6 +106,7 @@ class FsspecStorage:
         else:
             data = self._do("read", path, lambda fs, at: bytes(fs.cat_file(at, start, end)))
             got = start + len(data)
+            self._meter.add(received=len(data))
         if end is not None and got != end:
             msg = f"{self._show(path)}: too short: wanted bytes up to {end}, the file ends at {got}"
             raise StorageError(msg)
@@ -149,6 +157,7 @@ class FsspecStorage:
 
         def write(fs: Any, at: str) -> None:
             hit("object.put.before")
+            self._meter.add(sent=len(body))
             fs.pipe_file(at, body)
             hit("object.put.after")
 
@@ -162,6 +171,7 @@ class FsspecStorage:
                 for view in sized_views(chunks, size, self._show(path)):
                     spool.write(view)
                 spool.flush()
+                self._meter.add(sent=size)
                 self._do("write", path, lambda fs, at: fs.put_file(spool.name, at))
         except SourceFailed as failed:
             raise failed.cause from None
@@ -186,6 +196,7 @@ class FsspecStorage:
 
         def create(fs: Any, at: str) -> None:
             hit("object.put_new.before")
+            self._meter.add(sent=len(body))
             self._create(fs, at, body)
             hit("object.put_new.after")
 
@@ -240,6 +251,7 @@ class FsspecStorage:
         if os.getpid() != self._pid:  # its threads and sockets stayed with the parent
             self._fs, self._root = self._connect()
             self._pid = os.getpid()
+        self._meter.add(requests=1)
         try:
             return work(self._fs, self._at(path))
         except (StorageError, ConfigError):

@@ -23,6 +23,7 @@ from ckpt.layout import TMP_PREFIX
 from .base import Buffer, Entry
 from .faultpoints import hit
 from .paths import SourceFailed, as_views, checked_path, sized_views
+from .traffic import Meter, Traffic
 
 _PIECE_BYTES = 64 * 1024 * 1024
 """Largest single write: big enough to keep the interpreter out of the way."""
@@ -47,6 +48,7 @@ class PosixStorage:
         if self._root.exists() and not self._root.is_dir():
             msg = f"{self._root} is a file; the root of a store must be a directory"
             raise ConfigError(msg)
+        self._meter = Meter()
 
     def __repr__(self) -> str:
         return f"PosixStorage({str(self._root)!r})"
@@ -61,6 +63,11 @@ class PosixStorage:
         """Always true."""
         return True
 
+    @property
+    def traffic(self) -> Traffic:
+        """Requests and bytes so far."""
+        return self._meter.read()
+
     def local_path(self, path: str) -> Path | None:
         """Where a file or directory lies."""
         return self._locate(path, root_allowed=True)
@@ -72,6 +79,7 @@ class PosixStorage:
         """Bytes ``[start, end)`` of a file."""
         with self._reading(path) as (fd, size):
             stop = self._range(path, start, size if end is None else end, size)
+            self._meter.add(received=stop - start)
             pieces = []
             while start < stop:
                 piece = os.pread(fd, min(stop - start, _PIECE_BYTES * 8), start)
@@ -86,6 +94,7 @@ class PosixStorage:
         view = target.cast("B")
         with self._reading(path) as (fd, size):
             stop = self._range(path, start, start + len(view), size)
+            self._meter.add(received=len(view))
             done = 0
             while start + done < stop:
                 count = os.preadv(fd, [view[done : done + _PIECE_BYTES * 8]], start + done)
@@ -136,6 +145,7 @@ class PosixStorage:
         with self._errors("write", path):
             self._make_dirs(target.parent)
             self._replace(target, lambda fd: _write_all(fd, views))
+            self._meter.add(sent=sum(map(len, views)))
 
     def put_stream(self, path: str, chunks: Iterable[Buffer], size: int) -> None:
         """Write a whole file from buffers as they are made; replaces."""
@@ -145,6 +155,7 @@ class PosixStorage:
                 self._make_dirs(target.parent)
                 views = sized_views(chunks, size, self._show(path))
                 self._replace(target, lambda fd: _write_stream(fd, views))
+                self._meter.add(sent=size)
         except SourceFailed as failed:
             raise failed.cause from None
 
@@ -159,6 +170,7 @@ class PosixStorage:
                 self._link(temporary, target, views, path)
                 hit("posix.put_new.after_link")
             _sync_dir(target.parent)
+            self._meter.add(sent=sum(map(len, views)))
 
     def delete(self, path: str) -> None:
         """Delete a file; a missing one is fine."""
@@ -240,6 +252,7 @@ class PosixStorage:
     @contextlib.contextmanager
     def _errors(self, action: str, path: str) -> Iterator[None]:
         """Turn what the system raises into this package's errors, with the path and the cause."""
+        self._meter.add(requests=1)
         try:
             yield
         except StorageError:

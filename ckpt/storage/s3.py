@@ -33,6 +33,7 @@ from .retry import Fate, RetryPolicy, fate_of, response_of
 from .s3_create import create, probe
 from .s3_session import PART_BYTES, S3Session, ShortObject
 from .s3_upload import SINGLE_PUT_BYTES, collect, multipart, put_object
+from .traffic import Traffic
 
 T = TypeVar("T")
 
@@ -101,6 +102,11 @@ class S3Storage:
     def has_rename(self) -> bool:
         """Never: a rename would be a copy and a delete."""
         return False
+
+    @property
+    def traffic(self) -> Traffic:
+        """Requests and bytes so far."""
+        return self._session.meter.read()
 
     def local_path(self, path: str) -> Path | None:
         """None."""

@@ -20,6 +20,7 @@ from fsspec.asyn import sync
 from ckpt.errors import StorageError
 
 from .retry import RetryPolicy, response_of, retrying
+from .traffic import Meter
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class S3Session:
     ) -> None:
         self.bucket = bucket
         self.policy = policy
+        self.meter = Meter()
         self._options = dict(options)
         self._checksum = checksum
         self._lock = threading.Lock()
@@ -78,6 +80,7 @@ class S3Session:
 
     def once(self, operation: str, parameters: Mapping[str, Any]) -> Awaitable[Any]:
         """One request, never repeated."""
+        self.meter.add(requests=1, sent=len(parameters.get("Body", b"")))
         call: Awaitable[Any] = self._filesystem()._call_s3(
             operation, Bucket=self.bucket, **parameters
         )
@@ -101,6 +104,7 @@ class S3Session:
             answer = await self.once("get_object", query)
             async with answer["Body"] as body:
                 data: bytes = await body.read()
+            self.meter.add(received=len(data))
             if len(data) != answer["ContentLength"]:
                 msg = f"the body has {len(data)} of {answer['ContentLength']} bytes"
                 raise ConnectionError(msg)

@@ -13,7 +13,7 @@ import pytest
 
 from ckpt.checksum import file_record
 from ckpt.errors import AlreadyExists, DamagedError, ObjectNotFound, StorageError
-from ckpt.storage import Entry, Storage, open_storage, put_checked, read_checked
+from ckpt.storage import Entry, Storage, Traffic, open_storage, put_checked, read_checked
 
 STORES = ["posix", "memory", pytest.param("s3", marks=pytest.mark.s3)]
 
@@ -327,3 +327,31 @@ def test_checked_read_finds_one_flipped_bit(store: Storage) -> None:
         read_checked(store, "x", record, 2, 4)
     with pytest.raises(DamagedError, match="not in a file"):
         read_checked(store, "x", record, 2, 11)
+
+
+def test_traffic_is_counted(store: Storage) -> None:
+    before = store.traffic
+    store.put("x", [b"12345", b"678"])
+    store.put_stream("y", [b"12345"], 5)
+    written = store.traffic - before
+    assert (written.sent, written.received) == (13, 0)
+    assert written.requests >= 2
+    store.put_new("z", b"1")
+    before = store.traffic
+    store.put_new("z2", b"12")
+    # Where the proof that creates are exclusive is due, it has been given: one request.
+    assert store.traffic - before == Traffic(1, 2, 0)
+    before = store.traffic
+    assert store.read("x") == b"12345678"
+    store.read("x", 2, 5)
+    store.read_into("x", 0, memoryview(bytearray(4)))
+    read = store.traffic - before
+    assert (read.sent, read.received, read.moved) == (0, 15, 15)
+    assert read.requests >= 3
+    before = store.traffic
+    store.list("")
+    store.exists("x")
+    store.delete("x")
+    asked = store.traffic - before
+    assert asked.requests >= 3
+    assert asked.moved == 0

@@ -23,7 +23,7 @@ from ckpt.errors import (
     StorageError,
     StoreNotExclusive,
 )
-from ckpt.storage import open_storage
+from ckpt.storage import Traffic, open_storage
 from ckpt.storage.retry import RetryPolicy
 from ckpt.storage.s3 import S3Storage
 
@@ -57,6 +57,12 @@ def test_a_busy_server_is_asked_again(fake: FakeS3, store: S3Storage, code) -> N
     store.put("x", b"data")
     assert store.read("x") == b"data"
     assert len(fake.requests("PUT")) == len(fake.requests("GET")) == 3
+
+
+def test_repeated_requests_are_counted(fake: FakeS3, store: S3Storage) -> None:
+    fake.spoils = [Spoil("PUT", "status", (503, "SlowDown"), times=2)]
+    store.put("x", b"data")
+    assert store.traffic == Traffic(requests=3, sent=12, received=0)
 
 
 @pytest.mark.parametrize("how", ["drop", "drop-after"])
