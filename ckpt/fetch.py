@@ -59,7 +59,7 @@ def fetch(
     rank: int,
     world: int,
 ) -> dict[str, torch.Tensor]:
-    """The pieces' values as new CPU tensors.
+    """The pieces' values as new CPU tensors, by name (one piece of a tensor at most).
 
     Args:
         storage: the root.
@@ -73,13 +73,28 @@ def fetch(
         DamagedError: bytes that do not verify, or a file that is too short or missing.
         StorageError: the store failed.
     """
+    values = fetch_pieces(storage, directory, manifest, pieces, share=(rank, world))
+    return {piece.name: value for piece, value in zip(pieces, values, strict=True)}
+
+
+def fetch_pieces(
+    storage: Storage,
+    directory: str,
+    manifest: StepManifest,
+    pieces: Sequence[Piece],
+    *,
+    share: tuple[int, int] | None,
+) -> list[torch.Tensor]:
+    """As :func:`fetch`, in the order of the pieces; several may be of one tensor.
+
+    ``share`` says which part (number, of how many) of the shards' headers is verified as well.
+    """
     records = {record.name: record for record in manifest.tensors}
     work = _Work()
-    values = {}
-    for piece in pieces:
-        values[piece.name] = _stage(records[piece.name], piece, work)
+    values = [_stage(records[piece.name], piece, work) for piece in pieces]
     files = {record.name: record for record in manifest.files}
-    _add_headers(work, manifest, rank, world)
+    if share is not None:
+        _add_headers(work, manifest, *share)
     runs = [
         (files[name], ranges, run)
         for name, ranges in work.ranges.items()

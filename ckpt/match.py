@@ -45,13 +45,18 @@ def read_state(
 
     Raises:
         DamagedError: it does not verify.
+        StateError: the step was not saved from a :class:`TrainState`.
     """
     record = next((file for file in manifest.files if file.name.rpartition("/")[2] == STATE), None)
     if record is None:
         msg = f"{storage.url}/{directory}/{MANIFEST} lists no {STATE}"
         raise DamagedError(msg)
     path = f"{directory}/{record.name}"
-    value = decode_state(read_checked(storage, path, record), f"{storage.url}/{path}")
+    where = f"{storage.url}/{path}"
+    value = decode_state(read_checked(storage, path, record), where)
+    if not isinstance(value, dict) or value.keys() != {"shared", "ranks"}:
+        msg = f"{where} is not a trainer's state; what ckpt.dcp.Writer wrote is read by dcp.load"
+        raise StateError(msg)
     return value["shared"], value["ranks"]
 
 
