@@ -20,6 +20,7 @@ from archon_lora.errors import EngineNotReady, NonFiniteGradient
 from archon_lora.models import BaseStateDictAdapter, base_fingerprint
 from archon_lora.placement import reshard
 
+from .agree import attempt
 from .batch import (
     Batch,
     LossFn,
@@ -50,7 +51,7 @@ _T = TypeVar("_T")
 class ArchonEngine:
     """Trains one model over all ranks of a process group.
 
-    Call :meth:`initialize` first and :meth:`close` last, on every rank; so do all methods that
+    :meth:`initialize` comes first and :meth:`close` last. Every rank must make the calls that
     compute, save or load. Satisfies :class:`~archon_lora.engine.EngineLike`.
 
     Attributes:
@@ -64,7 +65,6 @@ class ArchonEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Remember the settings; nothing is built before :meth:`initialize`."""
         self.config = config
         self.lora_config: LoRAConfig | None = config.lora
         self.extra: dict[str, Any] = {"policy_version": 0}
@@ -86,14 +86,19 @@ class ArchonEngine:
             EngineNotReady: the engine is initialised already.
             ModelLoadError: the model directory cannot be loaded.
             TargetError: the adapter's targets do not fit the model.
+            PeerFailed: one of these happened on another rank.
         """
         if self._groups is not None:
             msg = "initialize() was called twice on this engine; close() it first"
             raise EngineNotReady(msg)
         groups = open_groups(self.config, process_group)
+        what, patience = f"building {self.config.path}", self.config.barrier_timeout
         try:
-            self._built = build_model(self.config, groups.mesh, groups.device)
+            # Nothing in there is collective, so a rank that fails would leave the others waiting.
+            with attempt(groups.cpu_group, what=what, timeout=patience):
+                self._built = build_model(self.config, groups.mesh, groups.device)
         except BaseException:
+            self._built = None
             close_groups(groups)
             raise
         self._groups = groups
@@ -185,11 +190,10 @@ class ArchonEngine:
             from archon_lora.adapter import get_adapter_params
             from archon_lora.errors import NoAdapterError
 
-            params = list(get_adapter_params(self.model).values())
-            if not params:
-                msg = f"LoRA is on, but {type(self.model).__name__} has no adapter parameters"
-                raise NoAdapterError(msg)
-            return params
+            if params := list(get_adapter_params(self.model).values()):
+                return params
+            msg = f"LoRA is on, but {type(self.model).__name__} has no adapter parameters"
+            raise NoAdapterError(msg)
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def get_version(self) -> int:
@@ -210,12 +214,7 @@ class ArchonEngine:
     def train_batch(
         self, batch: Batch, loss_fn: LossFn, *, loss_weight_fn: WeightFn = default_weight
     ) -> dict[str, float]:
-        """One update: gradients of this batch, norm, step.
-
-        Args:
-            batch: as in :meth:`forward_backward`.
-            loss_fn: as in :meth:`forward_backward`.
-            loss_weight_fn: as in :meth:`forward_backward`.
+        """One update: gradients, norm, step; arguments as in :meth:`forward_backward`.
 
         Returns:
             ``loss`` (mean over all ranks), ``grad_norm`` (before clipping), ``lr`` (of this
@@ -386,12 +385,9 @@ class ArchonEngine:
         load(self, meta)
 
     def update_weights(self, version: int, *, normalise: bool = True) -> SaveHandle | None:
-        """Hand the weights to every rollout target; see :mod:`archon_lora.engine.weights`.
+        """Serve the weights as a policy version, which :meth:`get_version` gives afterwards.
 
-        Args:
-            version: the policy version they stand for; :meth:`get_version` gives it afterwards.
-            normalise: with LoRA, give the serving form (one rank, scale folded into B), which all
-                engines compute alike. False keeps the training form, bit for bit.
+        For arguments and errors see :func:`archon_lora.engine.weights.update_weights`.
         """
         from .weights import update_weights
 

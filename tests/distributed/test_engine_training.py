@@ -42,6 +42,7 @@ def results(model: str) -> dict[int, dict[str, list]]:
     }
     below = {"rank 2": (ranks_engine.train_and_look, (model, STEPS, {"lora": LoRAConfig(rank=2)}))}
     two = {f"sinks {w}": (ranks_engine.hand_over, (model, w)) for w in SINKS}
+    two["bad start"] = (ranks_engine.bad_start, (model,))
     two["uneven"] = (ranks_engine.uneven_batches, (model,))
     found = {
         1: run_all(1, {**calls, **below, "sinks": (ranks_engine.hand_over, (model, [0]))}),
@@ -90,6 +91,15 @@ def test_a_rank_without_rows_stops_all_ranks_and_nobody_hangs(
     first, second = results[2]["uneven"]
     assert first == "1 other rank(s) have a batch that cannot be used; see their errors"
     assert second.startswith("0 rows cannot make 1 micro batches")
+
+
+def test_a_rank_that_cannot_build_its_model_stops_all_ranks(
+    results: dict[int, dict[str, list]],
+) -> None:
+    first, second = results[2]["bad start"]
+    assert first.startswith("PeerFailed: building ")
+    assert "rank 1: ModelLoadError: cannot read" in first
+    assert second.startswith("ModelLoadError: cannot read")
 
 
 @pytest.mark.parametrize("where", SINKS)

@@ -317,6 +317,16 @@ def hand_over(rank: int, world: int, path: str, where: list[int]) -> list[tuple]
         return sink.calls
 
 
+def bad_start(rank: int, world: int, path: str) -> str:
+    """The last rank does not see the model directory."""
+    engine = make_engine(path if rank < world - 1 else f"{path}-not-here", initialize=False)
+    try:
+        engine.initialize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def uneven_batches(rank: int, world: int, path: str) -> str:
     """One rank has no rows: all must refuse together, and then go on."""
     with make_engine(path) as engine:
