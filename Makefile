@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast bench lint fmt constraints clean
+.PHONY: help setup demo test test-fast faults bench lint fmt constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,10 @@ test: lint ## every check: lint, types, import contract, all tests
 test-fast: $(STAMP) ## the tests of one process that need no server
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  -m 'not dist and not s3 and not e2e and not slow' $(PYTEST_ARGS)
+
+faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
+	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  tests/faults tests/property $(PYTEST_ARGS)
 
 bench: $(STAMP) ## the figures of the README, measured here
 	$(BIN)/python -m benchmarks

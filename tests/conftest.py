@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from support.fault_report import (  # noqa: F401 - pytest finds its hooks by name
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 from support.s3_server import S3Server, running_server
 
 

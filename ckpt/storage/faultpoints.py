@@ -1,10 +1,11 @@
-"""Named places where a test makes the process die, fail or hang.
+"""Named places where a test makes the process die, fail, hang or sleep.
 
 The variable ``ARCHON_CKPT_FAULT`` names one point and what happens there::
 
     ARCHON_CKPT_FAULT="posix.put.before_rename=kill"      SIGKILL at the first pass
     ARCHON_CKPT_FAULT="posix.put.mid_write:3=raise"       an I/O error at the third pass
     ARCHON_CKPT_FAULT="commit.before_manifest=hang"       sleeps for ever
+    ARCHON_CKPT_FAULT="commit.before_manifest=stop"       SIGSTOP: goes on after a SIGCONT
 
 It is read at the first pass of any point. Without it a point costs one comparison. All points
 are listed here, so that a test over :data:`POINTS` cannot forget one.
@@ -53,7 +54,7 @@ POINTS = frozenset((*POSIX_POINTS, *OBJECT_POINTS, *COMMIT_POINTS))
 """Every point there is."""
 
 _SPEC = re.compile(r"(?P<point>[a-z0-9_.]+)(:(?P<nth>[1-9][0-9]{0,8}))?=(?P<action>[a-z]+)")
-_ACTIONS = ("kill", "raise", "hang")
+_ACTIONS = ("kill", "raise", "hang", "stop")
 
 
 class InjectedFault(OSError):
@@ -81,7 +82,7 @@ def parse(spec: str) -> tuple[str, int, str]:
     """
     match = _SPEC.fullmatch(spec.strip())
     if match is None or match["action"] not in _ACTIONS:
-        msg = f"{ENVIRONMENT} must be point[:nth]=kill|raise|hang, got {spec!r}"
+        msg = f"{ENVIRONMENT} must be point[:nth]=kill|raise|hang|stop, got {spec!r}"
         raise ConfigError(msg)
     if match["point"] not in POINTS:
         msg = f"{ENVIRONMENT} names no fault point: {match['point']!r}; there are {sorted(POINTS)}"
@@ -117,6 +118,9 @@ def hit(point: str) -> None:
         return
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault.action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
     if fault.action == "raise":
         raise InjectedFault(errno.EIO, f"injected fault at {point}")
     while True:
