@@ -33,7 +33,7 @@ from .layout import (
     tmp_step_dir,
     writer_path,
 )
-from .manifest import StepManifest, WriterRecord
+from .manifest import CheckedTensors, StepManifest, WriterRecord
 from .storage import Storage
 from .storage.faultpoints import hit
 
@@ -154,15 +154,26 @@ def check_current(storage: Storage, epoch: int) -> None:
         raise Superseded(msg)
 
 
-def commit_step(storage: Storage, where: Place, manifest: StepManifest) -> None:
+def commit_step(
+    storage: Storage,
+    where: Place,
+    manifest: StepManifest,
+    checked: CheckedTensors | None = None,
+) -> None:
     """Make a step exist; all its files are written and checked.
+
+    Args:
+        storage: the root.
+        where: where the files of the attempt are.
+        manifest: what the step holds.
+        checked: see :meth:`StepManifest.to_bytes`.
 
     Raises:
         Superseded: a newer writer has begun.
         StepExists: this writer has committed the step already.
         CommitUnknown: the manifest's fate could not be read back.
     """
-    data = manifest.to_bytes()
+    data = manifest.to_bytes(checked)
     check_current(storage, manifest.epoch)
     hit("commit.before_manifest")
     try:

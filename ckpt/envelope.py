@@ -33,20 +33,24 @@ def canonical_json(value: Any) -> bytes:
     Raises:
         ConfigError: NaN, infinity, a key that is not text, or a type that JSON does not have.
     """
+    return _dump(plain_json(value))
+
+
+def _dump(plain: Any) -> bytes:
+    """The canonical bytes of a value that is known to be plain JSON."""
     try:
         text = json.dumps(
-            plain_json(value),
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=False,
-            allow_nan=False,
+            plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
         )
         return text.encode("utf-8")
-    except ConfigError:
-        raise
     except ValueError as error:
         msg = f"cannot be written as JSON: {error}"
         raise ConfigError(msg) from None
+
+
+def _join(members: Mapping[str, bytes]) -> bytes:
+    """The canonical bytes of an object from those of its members."""
+    return b"{" + b",".join(_dump(key) + b":" + members[key] for key in sorted(members)) + b"}"
 
 
 def plain_json(value: Any, path: str = "value", depth: int = 0) -> Any:
@@ -73,15 +77,28 @@ def plain_json(value: Any, path: str = "value", depth: int = 0) -> Any:
     raise ConfigError(msg)
 
 
-def seal(kind: str, schema: int, body: Mapping[str, Any]) -> bytes:
+def seal(
+    kind: str,
+    schema: int,
+    body: Mapping[str, Any],
+    encoded: Mapping[str, bytes] | None = None,
+) -> bytes:
     """The bytes of a document.
+
+    Args:
+        kind: its ``format``.
+        schema: its ``schema``.
+        body: its other members.
+        encoded: more members, in canonical bytes already (see :func:`canonical_json`). A big
+            member that is the same in many documents is then encoded once.
 
     Raises:
         ConfigError: the body is not JSON.
     """
-    document = {**body, "format": kind, "schema": schema}
-    document["sha256"] = hashlib.sha256(canonical_json(document)).hexdigest()
-    return canonical_json(document)
+    members = {key: canonical_json(value) for key, value in body.items()}
+    members |= {**(encoded or {}), "format": _dump(kind), "schema": _dump(schema)}
+    members["sha256"] = _dump(hashlib.sha256(_join(members)).hexdigest())
+    return _join(members)
 
 
 def unseal(data: bytes, kind: str, schema: int, where: str) -> dict[str, Any]:
@@ -117,8 +134,10 @@ def unseal(data: bytes, kind: str, schema: int, where: str) -> dict[str, Any]:
         )
     claimed = document.pop("sha256", None)
     try:
-        computed = hashlib.sha256(canonical_json(document)).hexdigest()
-        canonical = canonical_json({**document, "sha256": claimed})
+        # What the JSON reader made is plain, and every member is encoded once for both purposes.
+        members = {key: _dump(value) for key, value in document.items()}
+        computed = hashlib.sha256(_join(members)).hexdigest()
+        canonical = _join({**members, "sha256": _dump(claimed)})
     except (ConfigError, RecursionError) as error:
         refuse(f"not a {kind} document: {_brief(error)}")
     if claimed != computed:
@@ -151,9 +170,19 @@ class Fields:
     refuses members that nobody asked for.
     """
 
-    def __init__(self, value: Any, where: str, path: str = "") -> None:
+    __slots__ = ("_index", "_members", "_name", "_parent", "_seen", "_where")
+
+    def __init__(
+        self,
+        value: Any,
+        where: str,
+        parent: Fields | None = None,
+        name: str = "",
+        index: int | None = None,
+    ) -> None:
         self._where = where
-        self._path = path
+        # A document has thousands of objects; their paths are put together for errors alone.
+        self._parent, self._name, self._index = parent, name, index
         if not isinstance(value, dict):
             self.refuse("", "must be an object", value)
         self._members: dict[str, Any] = value
@@ -162,16 +191,22 @@ class Fields:
     def refuse(self, name: str, rule: str, value: Any) -> NoReturn:
         """Raise DamagedError for a member."""
         shown = repr(value)
-        member = ".".join(part for part in (self._path, name) if part) or "document"
+        member = self._path_of(name) or "document"
         msg = f"{self._where}: {member} {rule}, got {shown[:120]}"
         raise DamagedError(msg)
 
+    def _path_of(self, name: str) -> str:
+        """Where a member of this object stands in the document."""
+        above = "" if self._parent is None else self._parent._path_of(self._name)
+        own = above if self._index is None else f"{above}[{self._index}]"
+        return ".".join(part for part in (own, name) if part)
+
     def raw(self, name: str) -> Any:
         """A member as it is; it must be there (null counts)."""
-        self._seen.add(name)
         if name not in self._members:
-            msg = f"{self._where}: {self._path + '.' if self._path else ''}{name} is missing"
+            msg = f"{self._where}: {self._path_of(name)} is missing"
             raise DamagedError(msg)
+        self._seen.add(name)
         return self._members[name]
 
     def integer(self, name: str, low: int = 0, high: int = INT_MAX) -> int:
@@ -216,7 +251,9 @@ class Fields:
         value = self.raw(name)
         if not isinstance(value, list):
             self.refuse(name, "must be a list of integers", value)
-        return tuple(self._as_integer(name, item, low, high) for item in value)
+        for item in value:
+            self._as_integer(name, item, low, high)
+        return tuple(value)
 
     def json(self, name: str) -> dict[str, Any]:
         """An object, unchecked inside."""
@@ -230,10 +267,7 @@ class Fields:
         value = self.raw(name)
         if not isinstance(value, list):
             self.refuse(name, "must be a list of objects", value)
-        return [
-            Fields(item, self._where, f"{self._path + '.' if self._path else ''}{name}[{index}]")
-            for index, item in enumerate(value)
-        ]
+        return [Fields(item, self._where, self, name, index) for index, item in enumerate(value)]
 
     def optional(self, name: str, read: Callable[[str], T]) -> T | None:
         """None for null, else what ``read(name)`` gives."""
@@ -241,8 +275,7 @@ class Fields:
 
     def child(self, name: str) -> Fields:
         """An object, to be read member by member."""
-        path = ".".join(part for part in (self._path, name) if part)
-        return Fields(self.raw(name), self._where, path)
+        return Fields(self.raw(name), self._where, self, name)
 
     def done(self) -> None:
         """Refuse members that were not read.
@@ -250,9 +283,9 @@ class Fields:
         Raises:
             DamagedError: there is one; names it.
         """
-        unknown = sorted(self._members.keys() - self._seen)
-        if unknown:
-            self.refuse(unknown[0], "is not a member of this schema", self._members[unknown[0]])
+        if len(self._seen) < len(self._members):  # only members are ever noted as seen
+            unknown = min(self._members.keys() - self._seen)
+            self.refuse(unknown, "is not a member of this schema", self._members[unknown])
 
     def _as_integer(self, name: str, value: Any, low: int, high: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

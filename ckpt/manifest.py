@@ -7,11 +7,11 @@ members. ``to_bytes`` refuses to write what ``from_bytes`` would refuse to read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from .envelope import Fields, plain_json, seal, unseal
+from .envelope import Fields, canonical_json, plain_json, seal, unseal
 from .errors import DamagedError, PlanError
 from .layout import MAX_EPOCH, MAX_STEP, MAX_VERSION, MAX_WORLD, parse_version_name
 from .record_codec import (
@@ -33,6 +33,44 @@ WRITER_FORMAT = "ckpt.writer"
 SCHEMA = 1
 
 _DTYPE_NAME = re.compile(r"[A-Za-z0-9_]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedTensors:
+    """Tensor records that were checked and encoded once, for all the steps that share them.
+
+    A layout may have thousands of records, and they are the same in every step of it.
+
+    Attributes:
+        records: the member ``tensors`` of those steps.
+        sizes: the files that the records name and the sizes they were checked against.
+        encoded: the records in canonical bytes.
+    """
+
+    records: tuple[TensorRecord, ...]
+    sizes: Mapping[str, int]
+    encoded: bytes
+
+    @classmethod
+    def of(cls, records: tuple[TensorRecord, ...], files: Iterable[FileRecord]) -> Self:
+        """Check and encode.
+
+        Raises:
+            PlanError: the records break a rule of the format, or do not fit the files.
+        """
+        body = [tensor_json(record) for record in records]
+        sizes = {file.name: file.size for file in files}
+        try:
+            parse_tensors(Fields({"tensors": body}, STEP_FORMAT), sizes)
+        except DamagedError as error:
+            raise PlanError(str(error)) from None
+        named = {chunk.file for record in records for chunk in record.chunks}
+        return cls(records, {name: sizes[name] for name in named}, canonical_json(body))
+
+    def fits(self, records: tuple[TensorRecord, ...], files: Iterable[FileRecord]) -> bool:
+        """Whether the check holds for these very records and files of these sizes."""
+        sizes = {file.name: file.size for file in files}
+        return records is self.records and self.sizes.items() <= sizes.items()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +109,19 @@ class StepManifest:
     adapter_sha256: str | None
     policy_version: int | None
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, checked: CheckedTensors | None = None) -> bytes:
         """The file ``MANIFEST.json``.
+
+        Args:
+            checked: the tensors as they were checked and encoded for an earlier step; used if it
+                is of these very records and the files have the same sizes.
 
         Raises:
             PlanError: the content breaks a rule of the format; names it.
             ConfigError: ``mesh`` or the PEFT config is not JSON.
         """
+        if checked is None or not checked.fits(self.tensors, self.files):
+            checked = CheckedTensors.of(self.tensors, self.files)
         body = {
             "step": self.step,
             "epoch": self.epoch,
@@ -89,12 +133,12 @@ class StepManifest:
             "fingerprint": self.fingerprint,
             "base": base_json(self.base),
             "export": export_json(self.export),
-            "tensors": [tensor_json(tensor) for tensor in self.tensors],
             "files": [file_json(file) for file in self.files],
             "adapter_sha256": self.adapter_sha256,
             "policy_version": self.policy_version,
         }
-        return _checked(body, STEP_FORMAT, _parse_step)
+        _check({**body, "tensors": []}, STEP_FORMAT, _parse_step)
+        return seal(STEP_FORMAT, SCHEMA, body, {"tensors": checked.encoded})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> StepManifest:
@@ -229,11 +273,16 @@ def _checked(
     body: dict[str, Any], kind: str, parse: Callable[[dict[str, Any], str], object]
 ) -> bytes:
     """Seal a body that its own reader accepts."""
+    _check(body, kind, parse)
+    return seal(kind, SCHEMA, body)
+
+
+def _check(body: dict[str, Any], kind: str, parse: Callable[[dict[str, Any], str], object]) -> None:
+    """Refuse to write what a reader would refuse to read."""
     try:
         parse(body, kind)
     except DamagedError as error:
         raise PlanError(str(error)) from None
-    return seal(kind, SCHEMA, body)
 
 
 def _parse_step(body: dict[str, Any], where: str) -> StepManifest:

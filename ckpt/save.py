@@ -25,7 +25,14 @@ from .errors import (
     SaveAborted,
     Superseded,
 )
-from .job import Job, compose_state, file_record_of, located, plan_topic, save_topic
+from .job import (
+    Job,
+    TensorTable,
+    compose_state,
+    file_record_of,
+    plan_topic,
+    save_topic,
+)
 from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
 from .plan import Piece, difference
@@ -61,6 +68,7 @@ class SavePipeline:
         self._run_name = run_name
         self._publish_dtype = publish_dtype
         self._done_topics: list[str] = []
+        self._tensors = TensorTable()
 
     def run(self, job: Job) -> None:
         """Take a job from its copied slot to its commit, and publish it.
@@ -131,7 +139,8 @@ class SavePipeline:
             self._check_ballots(job, ballots)
             manifest = self._manifest(job, where, ballots)
             if job.resumable:
-                commit_step(self._storage, where, manifest)
+                checked = self._tensors.checked(manifest.tensors, manifest.files)
+                commit_step(self._storage, where, manifest, checked)
         except Exception as error:  # noqa: BLE001 - put to the vote: every rank raises it
             cause = self._explain(job, error)
             # A rank that plans while this one does not waits on the other topic.
@@ -225,7 +234,7 @@ class SavePipeline:
             fingerprint=job.layout.fingerprint,
             base=job.base,
             export=job.export,
-            tensors=located(job.layout.records, job.files),
+            tensors=self._tensors.located(job.layout.records, job.files),
             files=tuple(sorted(files, key=lambda record: record.name)),
             adapter_sha256=None,
             policy_version=job.policy_version,
@@ -308,7 +317,7 @@ class SavePipeline:
     def _source(self, job: Job, manifest: StepManifest | None, where: Place) -> SlotSource:
         if manifest is None:  # one rank and no step: all bytes are in the slot
             record = FileRecord(shard_name(0, 1), 0 if job.slot is None else job.slot.nbytes, 0, ())
-            tensors = located(job.layout.records, {0: record})
+            tensors = self._tensors.located(job.layout.records, {0: record})
             return SlotSource(tensors, job.slot, record.name, None)
         directory = where.final
         own = job.files.get(0)

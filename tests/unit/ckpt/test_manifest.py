@@ -13,7 +13,7 @@ import pytest
 
 from ckpt.envelope import canonical_json, seal, utc_now
 from ckpt.errors import CkptError, ConfigError, DamagedError, PlanError
-from ckpt.manifest import StepManifest, VersionManifest, WriterRecord
+from ckpt.manifest import CheckedTensors, StepManifest, VersionManifest, WriterRecord
 from ckpt.types import (
     BLOCK_BYTES,
     AdapterExport,
@@ -162,6 +162,31 @@ def test_nesting_without_end_is_refused_on_writing() -> None:
     mesh["self"] = mesh
     with pytest.raises(ConfigError, match="nested more than 100 levels"):
         step_manifest(mesh=mesh).to_bytes()
+
+
+def test_tensors_that_were_checked_before_give_the_same_bytes() -> None:
+    manifest = step_manifest()
+    checked = CheckedTensors.of(manifest.tensors, manifest.files)
+    assert checked.fits(manifest.tensors, manifest.files)
+    again = dataclasses.replace(manifest, step=manifest.step + 1)
+    assert again.to_bytes(checked) == again.to_bytes()
+
+
+def test_a_check_holds_for_its_own_records_and_sizes_only() -> None:
+    manifest = step_manifest()
+    checked = CheckedTensors.of(manifest.tensors, manifest.files)
+    named = {chunk.file for tensor in manifest.tensors for chunk in tensor.chunks}
+    shorter = tuple(
+        dataclasses.replace(file, size=file.size - 1) if file.name in named else file
+        for file in manifest.files
+    )
+    assert not checked.fits(manifest.tensors, shorter)
+    with pytest.raises(PlanError, match="must lie between start and the file's"):
+        dataclasses.replace(manifest, files=shorter).to_bytes(checked)
+    fewer = manifest.tensors[:-1]
+    assert not checked.fits(fewer, manifest.files)
+    other = dataclasses.replace(manifest, tensors=fewer)
+    assert StepManifest.from_bytes(other.to_bytes(checked), "here").tensors == fewer
 
 
 def test_every_flipped_bit_is_found() -> None:

@@ -17,7 +17,7 @@ from ckpt.dtypes import TORCH_DTYPES
 from ckpt.envelope import utc_now
 from ckpt.errors import DamagedError, PlanError, SaveAborted
 from ckpt.fetch import fetch
-from ckpt.job import compose_state, located
+from ckpt.job import TensorTable, compose_state, located
 from ckpt.manifest import StepManifest
 from ckpt.plan import (
     Piece,
@@ -258,3 +258,26 @@ def test_a_slot_source_gives_only_what_it_has():
     source = SlotSource([], None, None, None)
     with pytest.raises(DamagedError, match="not part of the snapshot"):
         source.read("other", 0, 1)
+
+
+def test_the_table_of_tensors_follows_names_and_layouts():
+    held = [Piece("model.w", "F32", (4,), (0,), (4,), False)]
+    plan = tensor_records(held, assign([held]))
+    table = TensorTable()
+
+    def files(name):
+        layout = shard_layout(held)
+        return {0: file_record(name, [bytes(layout.size)])}
+
+    first = table.located(plan, files("one"))
+    assert first == located(plan, files("one"))
+    assert table.located(plan, files("one")) is first
+    checked = table.checked(first, list(files("one").values()))
+    assert table.checked(first, list(files("one").values())) is checked
+    # Object stores write every attempt under a prefix of its own.
+    second = table.located(plan, files("two"))
+    assert [chunk.file for record in second for chunk in record.chunks] == ["two"]
+    assert table.checked(second, list(files("two").values())).records is second
+    wider = [Piece("model.w", "F32", (8,), (0,), (8,), False)]
+    other = tensor_records(wider, assign([wider]))
+    assert table.located(other, files("two")) == located(other, files("two"))
