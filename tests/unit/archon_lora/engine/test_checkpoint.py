@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,22 @@ def test_a_save_that_never_committed_is_passed_over(engine_of, tmp_path) -> None
     assert _same(engine, other)
     engine.save(meta)
     assert names_in(tmp_path / "train_state") == ["save-000003"]
+
+
+def test_of_two_committed_saves_the_newer_one_counts(engine_of, tmp_path) -> None:
+    meta = SaveLoadMeta(path=tmp_path, with_optim=True)
+    engine = engine_of()
+    train(engine, 1)
+    engine.save(meta)
+    # A crash between the commit of the second and the deletion of the first leaves both.
+    shutil.copytree(tmp_path / "train_state" / "save-000001", tmp_path / "first")
+    train(engine, 1)
+    engine.save(meta)
+    (tmp_path / "first").rename(tmp_path / "train_state" / "save-000001")
+    assert names_in(tmp_path / "train_state") == ["save-000001", "save-000002"]
+    other = engine_of()
+    other.load(meta)
+    assert _same(engine, other)
 
 
 def test_weights_do_not_go_over_someone_s_optimizer_state(engine_of, tmp_path) -> None:
