@@ -32,6 +32,7 @@ from .cli_console import (
     store_options,
     write_json,
 )
+from .cli_prune import pin_command, prune_command, unpin_command
 from .consolidate import consolidate
 from .errors import ConfigError, NoCheckpoint
 from .storage import Storage
@@ -86,7 +87,7 @@ def top(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Look at, verify and export what a run saved: its steps and its published adapters."""
+    """Look at, verify, export and prune what a run saved: its steps and published adapters."""
 
 
 @app.command("ls")
@@ -310,3 +311,8 @@ def export_command(
             ("SHA-256", written.sha256),
         ]
         output_console().print(show.facts_table(facts))
+
+
+app.command("prune")(prune_command)
+app.command("pin")(pin_command)
+app.command("unpin")(unpin_command)

@@ -92,6 +92,7 @@ def manifest_json(entry: StepEntry, manifest: StepManifest) -> dict[str, Any]:
         "mesh": manifest.mesh,
         "fingerprint": manifest.fingerprint,
         "base": base_json(manifest.base),
+        "metrics": dict(manifest.metrics),
         "peft_config": None if export is None else dict(export.peft_config),
         "tensors": [
             {
@@ -191,6 +192,9 @@ def step_facts(entry: StepEntry, manifest: StepManifest) -> list[tuple[str, str]
         ("model tensors", f"{len(trained)}, {size_text(sum(map(tensor_bytes, trained)))}"),
         ("optimizer tensors", f"{len(optimizer)}, {size_text(sum(map(tensor_bytes, optimizer)))}"),
     ]
+    if manifest.metrics:
+        values = sorted(manifest.metrics.items())
+        facts.append(("metrics", ", ".join(f"{name} {value:.6g}" for name, value in values)))
     if manifest.export is None:
         return [*facts, ("adapter", "none: this step cannot be exported")]
     config = manifest.export.peft_config

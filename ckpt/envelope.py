@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -101,7 +102,9 @@ def seal(
     return _join(members)
 
 
-def unseal(data: bytes, kind: str, schema: int, where: str) -> dict[str, Any]:
+def unseal(
+    data: bytes, kind: str, schema: int, where: str, *, since: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The body of a document whose bytes verify.
 
     Args:
@@ -109,9 +112,11 @@ def unseal(data: bytes, kind: str, schema: int, where: str) -> dict[str, Any]:
         kind: the expected ``format``.
         schema: the newest ``schema`` this reader knows.
         where: the file's path, for the message.
+        since: members that came later, with the schema that brought them.
 
     Raises:
-        DamagedError: not JSON, another format, an unknown schema, or a hash that differs.
+        DamagedError: not JSON, another format, an unknown schema, a member that its schema does
+            not have, or a hash that differs.
     """
 
     def refuse(reason: str) -> NoReturn:
@@ -132,6 +137,9 @@ def unseal(data: bytes, kind: str, schema: int, where: str) -> dict[str, Any]:
             f"{kind} schema {found} is newer than {schema}, the newest this version reads; "
             "upgrade the package to read it"
         )
+    for member, first in (since or {}).items():
+        if member in document and found < first:
+            refuse(f"{member} is not a member of schema {found}")
     claimed = document.pop("sha256", None)
     try:
         # What the JSON reader made is plain, and every member is encoded once for both purposes.
@@ -260,6 +268,18 @@ class Fields:
         value = self.raw(name)
         if not isinstance(value, dict):
             self.refuse(name, "must be an object", value)
+        return value
+
+    def numbers(self, name: str, limit: int) -> dict[str, float]:
+        """An object, not empty, of finite numbers with a fraction; names of 1 to ``limit``."""
+        value = self.json(name)
+        for key, item in value.items():
+            if not 1 <= len(key) <= limit:
+                self.refuse(name, f"must have names of 1 to {limit} characters", key)
+            if type(item) is not float or not math.isfinite(item):
+                self.refuse(f"{name}.{key}", "must be a finite number with a fraction", item)
+        if not value:
+            self.refuse(name, "must not be empty", value)
         return value
 
     def objects(self, name: str) -> list[Fields]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import StateError
@@ -63,7 +63,8 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
 
     That is the parameters that require a gradient, and the persistent buffers of the modules
     that own one or are adapters (have ``adapter_params``); if nothing is frozen, all persistent
-    buffers. Tied parameters count once, under their first name.
+    buffers. Tied parameters count once, under their first name. Parameters that FSDP2 holds
+    gathered become shards again (local and cheap; not for use during a forward).
 
     Returns:
         ``id(parameter)`` to canonical FQN, and (canonical FQN, tensor) pairs in model order.
@@ -73,6 +74,10 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
     buffers: list[tuple[bool, str, torch.Tensor]] = []
     frozen = False
     for path, module in walk(model):
+        if isinstance(module, FSDPModule):
+            # After a forward without a backward FSDP2 leaves the root's parameters gathered and
+            # cast. Parents come first, so what a module manages is its shards when it is reached.
+            module.reshard()
         prefix = f"{path}." if path else ""
         trains = hasattr(module, "adapter_params")
         for name, parameter in module.named_parameters(recurse=False):

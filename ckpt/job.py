@@ -38,6 +38,8 @@ class Job:
         policy_version: the trainer's count of policy updates, or None.
         handle: what the caller holds.
         started: ``time.perf_counter()`` when the call began.
+        files: what the ranks wrote, by rank; filled in on rank 0.
+        metrics: the trainer's values for the manifest.
     """
 
     seq: int
@@ -58,6 +60,7 @@ class Job:
     handle: SaveHandle
     started: float
     files: dict[int, FileRecord] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def topic(self) -> str:

@@ -16,6 +16,7 @@ WRITERS = "writers"
 STEPS = "steps"
 ADAPTERS = "adapters"
 LEASES = "leases"
+PINS = "pins"
 
 MANIFEST = "MANIFEST.json"
 """Written last into a step or version; its presence is the commit."""
@@ -43,6 +44,7 @@ _SHARD = re.compile(r"shard-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)-v([0-9]{8})")
 _CLAIM_SUFFIX = ".claim.json"
 _LEASE_SUFFIX = ".json"
+_PIN_SUFFIX = ".json"
 
 
 def _number(what: str, value: int, low: int, high: int) -> int:
@@ -236,3 +238,35 @@ def lease_path(version: str, holder: str) -> str:
     check_name("version name", version)
     check_name("lease holder", holder)
     return f"{LEASES}/{version}/{holder}{_LEASE_SUFFIX}"
+
+
+def parse_lease(version: str, file: str) -> tuple[str, str] | None:
+    """(version, holder) of an entry of ``leases/<version>/``, or None for a foreign name."""
+    holder = file.removesuffix(_LEASE_SUFFIX)
+    if holder == file or not _NAME.fullmatch(holder) or parse_version_name(version) is None:
+        return None
+    return version, holder
+
+
+def pin_path(name: str) -> str:
+    """``pins/<step or version>.json``: retention leaves what it names alone.
+
+    Raises:
+        ConfigError: neither a step's nor a version's name.
+    """
+    if parse_step_dir(name) is None and parse_version_name(name) is None:
+        msg = f"{name!r} names neither a step (step-00000042.w0003) nor a version (run7-v00000042)"
+        raise ConfigError(msg)
+    return f"{PINS}/{name}{_PIN_SUFFIX}"
+
+
+def parse_pin(file: str) -> str | None:
+    """The step's or version's name of an entry of ``pins/``, or None for a foreign name."""
+    name = file.removesuffix(_PIN_SUFFIX)
+    known = parse_step_dir(name) is not None or parse_version_name(name) is not None
+    return name if name != file and known else None
+
+
+def target_dir(name: str) -> str:
+    """The directory of a step or version by its bare name (``steps/…`` or ``adapters/…``)."""
+    return f"{STEPS if parse_step_dir(name) is not None else ADAPTERS}/{name}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,23 +13,18 @@ import torch
 import torch.distributed as dist
 
 from .arena import local_tensor
+from .background import Background
 from .catalog import list_steps
-from .errors import (
-    CkptError,
-    ConfigError,
-    PublishError,
-    SaveAborted,
-    StepExists,
-    VoteTimeout,
-)
+from .errors import CkptError, ConfigError, StepExists
 from .handle import SaveHandle
 from .job import Job, encode_values
 from .layout import check_name, check_step
+from .manifest import check_metrics
 from .planner import Planner
 from .rendezvous import join
 from .restore import RestoreReport, restore
 from .retain import Keeper
-from .save import EchoError, SavePipeline
+from .save import SavePipeline
 from .storage import Storage, open_storage
 from .train_state import TrainState
 from .types import MODEL_PREFIX, Retention, SaveMetrics
@@ -107,16 +101,18 @@ class CheckpointManager:
             self._storage, self._background, run_name=name, publish_dtype=publish_dtype
         )
         self._planner = Planner(self._storage, self._board, fresh=fresh)
-        self._keeper = Keeper(self._storage, retention or Retention(), name)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-save")
-        self._on_metrics = on_metrics
+        self._work = Background(
+            self._pipeline,
+            Keeper(self._storage, retention or Retention(), name),
+            rank=rank,
+            nonce=self._ranks.nonce,
+            on_metrics=on_metrics,
+            lost=lambda job: self._taken.discard(job.step or 0),
+        )
         self._vote_timeout = vote_timeout
-        self._running: set[Future[None]] = set()
-        self._errors: list[BaseException] = []
         self._taken: set[int] = set()
         self._seq = 0
         self._restores = 0
-        self._swept = False
         self._report: RestoreReport | None = None
         self._closed = False
 
@@ -125,25 +121,36 @@ class CheckpointManager:
         """What the last :meth:`restore` did: damaged steps, differences, notes."""
         return self._report
 
-    def save(self, step: int, state: TrainState, *, publish: bool = False) -> SaveHandle:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        publish: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveHandle:
         """Copy the state and commit it as a step in the background.
 
         Args:
             step: the step number; every step is saved at most once by a writer.
             state: what to save; unchanged tensors objects make this as cheap as a copy.
             publish: also publish the adapter, as a new version.
+            metrics: finite numbers that go into the step's manifest, such as the reward, for
+                ``Retention(best=..., metric=...)`` and for people. Those of rank 0 count.
 
         Returns:
             The save's futures and metrics.
 
         Raises:
+            ConfigError: a step number or metric that is none.
             UnrestoredRoot: first save into a root with steps that were not restored.
             StepExists: this writer saved the step already.
             PlanError: ranks disagree about what is saved.
             CkptError: the error of an earlier background save; this save did not take place.
         """
         check_step(step)
-        return self._start(step, state, resumable=True, publish=publish)
+        values = check_metrics(metrics or {})
+        return self._start(step, state, resumable=True, publish=publish, values=values)
 
     def publish(self, state: TrainState, *, step: int | None = None) -> SaveHandle:
         """Publish the adapter as a new version, without a resumable step.
@@ -201,11 +208,7 @@ class CheckpointManager:
             VoteTimeout: still busy after ``timeout`` seconds.
             CkptError: the first error of the background; later ones are its notes.
         """
-        _done, pending = wait(set(self._running), timeout)
-        if pending:
-            msg = f"{len(pending)} save(s) still under way after {timeout:g} s"
-            raise VoteTimeout(msg)
-        self._raise_pending()
+        self._work.wait(timeout)
 
     def close(self) -> None:
         """Finish what is under way, leave the other ranks, and raise what failed.
@@ -216,11 +219,11 @@ class CheckpointManager:
         if self._closed:
             return
         self._closed = True
-        self._thread.shutdown(wait=True)
+        self._work.finish()
         self._board.farewell(min(self._vote_timeout, FAREWELL_SECONDS))
         self._ranks.release()
         self._planner.release()
-        self._raise_pending()
+        self._work.raise_pending()
 
     def steps(self) -> list[int]:
         """Numbers of the steps that a restore may choose from, oldest first (reads storage)."""
@@ -245,7 +248,13 @@ class CheckpointManager:
             error.add_note(f"the checkpoint manager also failed: {problem}")
 
     def _start(
-        self, step: int | None, state: TrainState, *, resumable: bool, publish: bool
+        self,
+        step: int | None,
+        state: TrainState,
+        *,
+        resumable: bool,
+        publish: bool,
+        values: Mapping[str, float] | None = None,
     ) -> SaveHandle:
         """The caller's half of a save: plan if need be, copy, hand over."""
         self._require_open()
@@ -253,17 +262,18 @@ class CheckpointManager:
         seq = self._seq
         self._seq += 1
         try:
-            self._raise_pending()
+            self._work.raise_pending()
         except Exception as error:
             # Every rank knows this error; the others must not wait for this save.
-            self._submit_refusal(seq, error, echo=True)
+            self._work.refuse(seq, error, echo=True)
             raise
         try:
             job = self._stage(seq, step, state, resumable, publish, started)
+            job.metrics = values or {}
         except Exception as error:
-            self._submit_refusal(seq, error, echo=False)
+            self._work.refuse(seq, error, echo=False)
             raise
-        self._submit(lambda: self._run(job))
+        self._work.submit(job)
         return job.handle
 
     def _stage(
@@ -303,7 +313,7 @@ class CheckpointManager:
             raise
         nbytes = 0 if slot is None else slot.nbytes
         metrics = SaveMetrics(step=step, stage_bytes=nbytes, planned=planned)
-        metrics.queue_depth = len(self._running)
+        metrics.queue_depth = self._work.depth
         handle = SaveHandle(step, metrics)
         if cached.stream is None:
             handle.staged.set_result(None)
@@ -329,66 +339,6 @@ class CheckpointManager:
             handle=handle,
             started=started,
         )
-
-    def _run(self, job: Job) -> None:
-        """The background thread's whole treatment of a job."""
-        error: Exception | None = None
-        try:
-            self._pipeline.run(job)
-        except Exception as problem:  # noqa: BLE001 - kept, and raised by the caller's next call
-            error = problem
-        metrics = job.handle.metrics
-        metrics.total_ms = 1e3 * (time.perf_counter() - job.started)
-        committed = job.handle.committed
-        if job.resumable and not (committed.done() and committed.exception() is None):
-            self._taken.discard(job.step or 0)
-        if error is not None:
-            logger.error("%s", error)
-            job.handle.refuse(error)
-            if not isinstance(error, EchoError):
-                self._errors.append(error)
-        if self._ranks.rank == 0 and (error is None or isinstance(error, PublishError)):
-            self._tidy(job)
-        if self._on_metrics is not None:
-            try:
-                self._on_metrics(metrics)
-            except Exception as problem:
-                logger.exception("on_metrics failed")
-                self._errors.append(problem)
-
-    def _tidy(self, job: Job) -> None:
-        """Rank 0, after a commit: retention, and once the remains of dead writers."""
-        if job.resumable and job.step is not None:
-            self._keeper.committed(job.step, job.epoch)
-            self._keeper.prune_steps()
-            if not self._swept:
-                self._swept = True
-                self._keeper.sweep(job.epoch, self._ranks.nonce)
-        if job.publish:
-            self._keeper.prune_versions()
-
-    def _submit_refusal(self, seq: int, error: Exception, *, echo: bool) -> None:
-        def refuse() -> None:
-            try:
-                self._pipeline.refuse(seq, error, echo=echo)
-            except SaveAborted as problem:
-                # The other ranks are gone; the caller has the error that matters.
-                logger.warning("could not tell the other ranks: %s", problem)
-
-        self._submit(refuse)
-
-    def _submit(self, work: Callable[[], None]) -> None:
-        future = self._thread.submit(work)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
-
-    def _raise_pending(self) -> None:
-        if not self._errors:
-            return
-        errors, self._errors = self._errors, []
-        for later in errors[1:]:
-            errors[0].add_note(f"then also: {later}")
-        raise errors[0]
 
     def _require_open(self) -> None:
         if self._closed:

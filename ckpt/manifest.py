@@ -6,13 +6,14 @@ members. ``to_bytes`` refuses to write what ``from_bytes`` would refuse to read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from .envelope import Fields, canonical_json, plain_json, seal, unseal
-from .errors import DamagedError, PlanError
+from .errors import ConfigError, DamagedError, PlanError
 from .layout import MAX_EPOCH, MAX_STEP, MAX_VERSION, MAX_WORLD, parse_version_name
 from .record_codec import (
     base_json,
@@ -31,7 +32,11 @@ STEP_FORMAT = "ckpt.step"
 VERSION_FORMAT = "ckpt.version"
 WRITER_FORMAT = "ckpt.writer"
 SCHEMA = 1
+STEP_SCHEMA = 2
+"""The newest schema of a step's manifest. One that needs nothing of it is written as schema 1."""
 
+_SINCE = {"metrics": 2}
+_METRIC_NAME_MAX = 200
 _DTYPE_NAME = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
@@ -92,6 +97,7 @@ class StepManifest:
         files: every file but the manifest, sorted by name.
         adapter_sha256: SHA-256 of the adapter in its stored form, or None.
         policy_version: the trainer's count of policy updates, or None.
+        metrics: finite values by name that the trainer gave at the save; retention ranks by them.
     """
 
     step: int
@@ -108,6 +114,7 @@ class StepManifest:
     files: tuple[FileRecord, ...]
     adapter_sha256: str | None
     policy_version: int | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self, checked: CheckedTensors | None = None) -> bytes:
         """The file ``MANIFEST.json``.
@@ -137,8 +144,11 @@ class StepManifest:
             "adapter_sha256": self.adapter_sha256,
             "policy_version": self.policy_version,
         }
+        if self.metrics:
+            body["metrics"] = plain_json(self.metrics, "metrics")
         _check({**body, "tensors": []}, STEP_FORMAT, _parse_step)
-        return seal(STEP_FORMAT, SCHEMA, body, {"tensors": checked.encoded})
+        schema = STEP_SCHEMA if self.metrics else SCHEMA
+        return seal(STEP_FORMAT, schema, body, {"tensors": checked.encoded})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> StepManifest:
@@ -147,7 +157,8 @@ class StepManifest:
         Raises:
             DamagedError: anything that does not verify; nothing of it may then be used.
         """
-        return _parse_step(unseal(data, STEP_FORMAT, SCHEMA, where), where)
+        body = unseal(data, STEP_FORMAT, STEP_SCHEMA, where, since=_SINCE)
+        return _parse_step(body, where)
 
     def file(self, name: str) -> FileRecord:
         """The record of a file by its path in the step's directory.
@@ -304,6 +315,7 @@ def _parse_step(body: dict[str, Any], where: str) -> StepManifest:
         files=files,
         adapter_sha256=fields.optional("adapter_sha256", fields.sha256),
         policy_version=fields.optional("policy_version", fields.integer),
+        metrics=fields.numbers("metrics", _METRIC_NAME_MAX) if "metrics" in body else {},
     )
     fields.done()
     return manifest
@@ -355,3 +367,26 @@ def _parse_writer(body: dict[str, Any], where: str) -> WriterRecord:
     if record.parent_epoch is not None and record.parent_epoch >= epoch:
         fields.refuse("parent_epoch", f"must be below the epoch {epoch}", record.parent_epoch)
     return record
+
+
+def check_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """A trainer's metrics in the form that a manifest holds.
+
+    Raises:
+        ConfigError: a name that is not 1 to 200 characters, or a value that is not a finite
+            number; names it.
+    """
+    checked = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not 1 <= len(name) <= _METRIC_NAME_MAX:
+            msg = f"a metric's name has 1 to {_METRIC_NAME_MAX} characters, got {name!r}"
+            raise ConfigError(msg)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            msg = f"metrics[{name!r}] must be a finite number, got {value!r}; leave it out"
+            raise ConfigError(msg)
+        checked[name] = number
+    return checked

@@ -7,11 +7,13 @@ newest whole step always stays, and names that are not ours are left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .catalog import StepEntry, list_steps, read_writers
 from .commit import newest_epoch
 from .errors import CkptError
+from .holds import hold, pinned, remove_unless_held
 from .layout import (
     ADAPTERS,
     MANIFEST,
@@ -20,12 +22,12 @@ from .layout import (
     parse_step_dir,
     parse_tmp_step_dir,
     step_dir,
-    trash_path,
+    step_name,
 )
 from .lineage import committed_lineage
 from .storage import Storage
 from .types import Retention
-from .versions import delete_version, list_versions
+from .versions import VersionEntry, delete_version, list_versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,25 @@ PARTS_PREFIX = ".parts-"
 """Adapter shards of a publish that is under way (in ``adapters/``)."""
 
 
-def surplus(
-    lineage: Sequence[tuple[int, int]], abandoned: Iterable[tuple[int, int]], keep: Retention
-) -> list[tuple[int, int]]:
-    """The (step, epoch) pairs to delete; pure.
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What a rule decides about one step, and why (for people)."""
+
+    step: int
+    epoch: int
+    keep: bool
+    reason: str
+
+
+def judge(
+    lineage: Sequence[tuple[int, int]],
+    abandoned: Iterable[tuple[int, int]],
+    keep: Retention,
+    *,
+    scores: Mapping[tuple[int, int], Mapping[str, float]] | None = None,
+    pinned: Collection[str] = (),
+) -> list[Fate]:
+    """Decide about every step; pure.
 
     Args:
         lineage: whole steps that a restore may choose from, newest first.
@@ -44,14 +61,109 @@ def surplus(
             has all the steps that are to be kept, so that a run which has just started over
             does not at once delete what came before it.
         keep: the rule.
+        scores: the metrics of the steps; one without ``keep.metric`` is not among the best.
+        pinned: bare names of what is pinned.
+
+    Returns:
+        The lineage in its order, then the abandoned steps by number and writer.
     """
-    kept = set(lineage[: keep.latest])
-    if keep.every is not None:
-        kept |= {pair for pair in lineage if pair[0] % keep.every == 0}
-    victims = [pair for pair in lineage if pair not in kept]
-    if len(lineage) >= keep.latest:
-        victims += sorted(abandoned)
-    return victims
+    best = _best(lineage, keep, scores or {})
+    fates = []
+    for place, (step, epoch) in enumerate(lineage):
+        reasons = []
+        if place == 0:
+            reasons.append("newest valid")
+        elif place < keep.latest:
+            reasons.append(f"among the latest {keep.latest}")
+        if keep.every is not None and step % keep.every == 0:
+            reasons.append(f"a multiple of {keep.every}")
+        if (step, epoch) in best:
+            reasons.append(f"among the best {keep.best} by {keep.metric} ({best[step, epoch]:.6g})")
+        if step_name(step, epoch) in pinned:
+            reasons.append("pinned")
+        fates.append(Fate(step, epoch, bool(reasons), ", ".join(reasons) or "no rule keeps it"))
+    early = len(lineage) < keep.latest
+    for step, epoch in sorted(abandoned):
+        reason = "abandoned: a later writer resumed from before it"
+        held = step_name(step, epoch) in pinned
+        if held:
+            reason += "; pinned"
+        elif early:
+            reason += f"; stays until there are {keep.latest} valid steps"
+        fates.append(Fate(step, epoch, held or early, reason))
+    return fates
+
+
+def _best(
+    lineage: Sequence[tuple[int, int]],
+    keep: Retention,
+    scores: Mapping[tuple[int, int], Mapping[str, float]],
+) -> dict[tuple[int, int], float]:
+    """The best steps with their values; of equal ones the newer."""
+    if keep.best is None or keep.metric is None:
+        return {}
+    known = [(pair, scores.get(pair, {}).get(keep.metric)) for pair in lineage]
+    rated = [(pair, value) for pair, value in known if value is not None]
+    sign = -1.0 if keep.mode == "max" else 1.0
+    return dict(sorted(rated, key=lambda item: sign * item[1])[: keep.best])
+
+
+def surplus(
+    lineage: Sequence[tuple[int, int]], abandoned: Iterable[tuple[int, int]], keep: Retention
+) -> list[tuple[int, int]]:
+    """The (step, epoch) pairs that :func:`judge` gives up."""
+    return [(f.step, f.epoch) for f in judge(lineage, abandoned, keep) if not f.keep]
+
+
+def review(storage: Storage, keep: Retention) -> list[tuple[StepEntry, Fate]]:
+    """What a rule would do with the steps of a root as they are now; deletes nothing.
+
+    Returns:
+        Every step directory with its fate, by step and writer.
+
+    Raises:
+        DamagedError: a writer's record is damaged.
+        StorageError: the store failed.
+    """
+    entries = {(entry.step, entry.epoch): entry for entry in list_steps(storage)}
+    lineage = committed_lineage(read_writers(storage), entries)
+    whole = [pair for pair in lineage if entries[pair].state == "committed"]
+    scores = {
+        pair: entry.manifest.metrics
+        for pair, entry in entries.items()
+        if entry.manifest is not None
+    }
+    abandoned = set(entries).difference(lineage)
+    fates = judge(whole, abandoned, keep, scores=scores, pinned=pinned(storage))
+    fates += [
+        Fate(*pair, keep=True, reason=f"{entries[pair].state}: not counted, left alone")
+        for pair in lineage
+        if pair not in whole
+    ]
+    fates.sort(key=lambda fate: (fate.step, fate.epoch))
+    return [(entries[fate.step, fate.epoch], fate) for fate in fates]
+
+
+def review_versions(
+    storage: Storage, keep: int, run: str | None = None
+) -> list[tuple[VersionEntry, str | None]]:
+    """Every committed version that retention counts, oldest first, with what keeps it.
+
+    Args:
+        storage: the root.
+        keep: number of newest versions of each run that stay.
+        run: only versions of that name, or None for all.
+
+    Returns:
+        Entries, each with the reason why it stays, or None if it goes.
+    """
+    found: list[tuple[VersionEntry, str | None]] = []
+    entries = [entry for entry in list_versions(storage, run) if entry.state == "committed"]
+    for place, entry in enumerate(entries):
+        newer = sum(1 for other in entries[place + 1 :] if other.run == entry.run)
+        reason = f"among the newest {keep}" if newer < keep else hold(storage, entry.name)
+        found.append((entry, reason))
+    return found
 
 
 class Keeper:
@@ -67,41 +179,43 @@ class Keeper:
         self._storage = storage
         self._keep = keep
         self._run_name = run_name
-        self._whole: set[tuple[int, int]] = set()
+        self._whole: dict[tuple[int, int], Mapping[str, float]] = {}
 
-    def committed(self, step: int, epoch: int) -> None:
+    def committed(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Note a step of our own, which needs no reading back to be known as whole."""
-        self._whole.add((step, epoch))
+        self._whole[step, epoch] = metrics
 
     def prune_steps(self) -> None:
         """Delete the steps that the rule does not keep.
 
         What fails is logged, not raised: the commit before it stands.
         """
+        storage = self._storage
         try:
             found = self._found()
-            lineage = committed_lineage(read_writers(self._storage), found)
+            lineage = committed_lineage(read_writers(storage), found)
             if len(found) <= self._keep.latest:
                 return
             whole = self._check(lineage)
             abandoned = [pair for pair in found if pair not in lineage]
-            for pair in surplus(whole, abandoned, self._keep):
-                self._delete(step_dir(*pair))
-                self._whole.discard(pair)
-                logger.info("retention removed step %d of writer %d", *pair)
+            fates = judge(whole, abandoned, self._keep, scores=self._whole)
+            for fate in fates:
+                if fate.keep or remove_unless_held(storage, step_name(fate.step, fate.epoch)):
+                    continue
+                self._whole.pop((fate.step, fate.epoch), None)
+                logger.info("retention removed step %d of writer %d", fate.step, fate.epoch)
         except CkptError as error:
             logger.warning("retention of steps failed, nothing else is affected: %s", error)
 
     def prune_versions(self) -> None:
         """Delete all but the newest published versions of the run; logs instead of raising."""
+        storage = self._storage
         if self._keep.versions is None:
             return
         try:
-            entries = list_versions(self._storage, self._run_name)
-            whole = [entry for entry in entries if entry.state == "committed"]
-            for entry in whole[: -self._keep.versions]:
-                delete_version(self._storage, entry.name)
-                logger.info("retention removed version %s", entry.name)
+            for entry, kept in review_versions(storage, self._keep.versions, self._run_name):
+                if kept is None and delete_version(storage, entry.name) is None:
+                    logger.info("retention removed version %s", entry.name)
         except CkptError as error:
             logger.warning("retention of versions failed, nothing else is affected: %s", error)
 
@@ -147,23 +261,14 @@ class Keeper:
 
     def _check(self, lineage: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those steps of the lineage that are whole; each is read once."""
-        if not self._whole.issuperset(lineage):
+        if not self._whole.keys() >= set(lineage):
             entries: list[StepEntry] = list_steps(self._storage)
             self._whole |= {
-                (entry.step, entry.epoch) for entry in entries if entry.state == "committed"
+                (entry.step, entry.epoch): entry.manifest.metrics
+                for entry in entries
+                if entry.state == "committed" and entry.manifest is not None
             }
             for entry in entries:
                 if entry.state == "damaged":
                     logger.warning("%s is damaged and not counted: %s", entry.path, entry.problem)
         return [pair for pair in lineage if pair in self._whole]
-
-    def _delete(self, path: str) -> None:
-        """Make a directory disappear at once, then delete it."""
-        if self._storage.has_rename:
-            trash = trash_path(path)
-            self._storage.delete_tree(trash)
-            self._storage.rename_dir(path, trash)
-            self._storage.delete_tree(trash)
-        else:
-            self._storage.delete(f"{path}/{MANIFEST}")
-            self._storage.delete_tree(path)

@@ -50,6 +50,10 @@ class EchoError(SaveAborted):
     """Another rank sat this save out because it was raising an error that all ranks know."""
 
 
+class SkippedSave(SaveAborted):
+    """The save gave way to a newer state before all ranks had written it."""
+
+
 class SavePipeline:
     """Everything that a manager's background thread does with a job.
 
@@ -238,6 +242,7 @@ class SavePipeline:
             files=tuple(sorted(files, key=lambda record: record.name)),
             adapter_sha256=None,
             policy_version=job.policy_version,
+            metrics=job.metrics,
         )
 
     def _explain(self, job: Job, error: Exception) -> Exception:
@@ -331,6 +336,8 @@ def aborted(job: Job, failure: Failure, rank: int, own: BaseException | None) ->
         error: CkptError = EchoError(
             f"step {job.step}: rank {failure.rank} was raising an earlier error and did not save"
         )
+    elif failure.kind == SkippedSave.__name__:
+        error = SkippedSave(failure.message)
     else:
         rebuilt = failure.rebuild()
         what = "publish" if not job.resumable else f"save of step {job.step}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 MODEL_PREFIX = "model."
 """Prefix of a parameter's or buffer's name in a checkpoint; the rest is its canonical FQN."""
@@ -118,27 +118,39 @@ class Retention:
         latest: number of newest steps kept; at least 1.
         every: also keep steps whose number is a multiple of this, or None.
         versions: number of newest published versions kept, or None for all of them.
+        best: also keep this many steps with the best value of ``metric``, or None.
+        metric: name of the value, as ``save(metrics={name: value})`` gives it.
+        mode: whether the greatest (``"max"``) or the smallest (``"min"``) value is best.
     """
 
     latest: int = 3
     every: int | None = None
     versions: int | None = None
+    best: int | None = None
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
 
     def __post_init__(self) -> None:
         """Refuse values that would delete the newest step.
 
         Raises:
-            ConfigError: a count below 1.
+            ConfigError: a count below 1, or ``best`` without a metric.
         """
         from .errors import ConfigError
 
-        for name in ("latest", "every", "versions"):
+        for name in ("latest", "every", "versions", "best"):
             value: int | None = getattr(self, name)
             if value is None and name != "latest":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 msg = f"Retention.{name} must be an integer >= 1, got {value!r}"
                 raise ConfigError(msg)
+        if (self.best is None) != (self.metric is None):
+            msg = "Retention.best and Retention.metric belong together: set both or neither"
+            raise ConfigError(msg)
+        if self.mode not in ("max", "min"):
+            msg = f"Retention.mode must be 'max' or 'min', got {self.mode!r}"
+            raise ConfigError(msg)
 
 
 @dataclass(slots=True)
@@ -155,4 +167,5 @@ class SaveMetrics:
     total_ms: float | None = None
     planned: bool = False
     queue_depth: int = 0
+    skipped: bool = False
     extra: dict[str, float] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 from .catalog import Problem, check_bytes, check_sizes
 from .checksum import block_range, verify_block
 from .errors import DamagedError, NoCheckpoint, ObjectNotFound
+from .holds import remove_unless_held
 from .layout import (
     ADAPTERS,
     MANIFEST,
@@ -21,7 +22,6 @@ from .layout import (
     claim_path,
     parse_claim,
     parse_version_name,
-    trash_path,
     version_dir,
     version_name,
 )
@@ -171,12 +171,13 @@ def find_version(storage: Storage, name: str) -> VersionEntry:
     raise NoCheckpoint(msg)
 
 
-def delete_version(storage: Storage, name: str) -> None:
-    """Delete a version; its number is not given out again.
+def delete_version(storage: Storage, name: str) -> str | None:
+    """Delete a version unless it is pinned or in use; its number is not given out again.
 
-    It disappears by one rename, or its manifest goes first, so that no reader takes a half-deleted
-    version for a whole one. The
-    claim goes too, unless it is the run's highest: that one keeps the next number above it.
+    The claim goes too, unless it is the run's highest: that one keeps the next number above it.
+
+    Returns:
+        None once it is deleted, or what keeps it.
 
     Raises:
         ConfigError, NoCheckpoint: as :func:`find_version`.
@@ -187,16 +188,13 @@ def delete_version(storage: Storage, name: str) -> None:
         pair is not None and pair[0] == entry.run and pair[1] > entry.number
         for pair in (parse_claim(item.name) for item in storage.list(ADAPTERS))
     )
-    if storage.has_rename and storage.list(entry.path):
-        trash = trash_path(entry.path)
-        storage.delete_tree(trash)
-        storage.rename_dir(entry.path, trash)
-        storage.delete_tree(trash)
-    else:
-        storage.delete(f"{entry.path}/{MANIFEST}")
-        storage.delete_tree(entry.path)
+    if storage.list(entry.path):
+        held = remove_unless_held(storage, name)
+        if held is not None:
+            return held
     if higher:
         storage.delete(claim_path(entry.run, entry.number))
+    return None
 
 
 def export_version(

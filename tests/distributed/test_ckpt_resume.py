@@ -74,3 +74,15 @@ def test_replicas_are_written_once(tmp_path):
 
 def test_training_collectives_run_beside_saves(tmp_path):
     assert run_ranks(2, ranks_ckpt.train_beside_saves, str(tmp_path)) == [3, 3]
+
+
+def test_a_forward_without_backward_before_a_save_or_restore(tmp_path):
+    """FSDP2 leaves the root gathered and cast then; what is saved must be the fp32 shards."""
+    for answer in run_ranks(2, ranks_ckpt.save_after_a_forward, str(tmp_path)):
+        assert answer["same"]
+        assert "optim.0.weight.exp_avg" in answer["names"]
+        assert answer["replanned"] is False
+    manifest = read_manifest(tmp_path, 1)
+    weight = next(record for record in manifest.tensors if record.name == "model.0.weight")
+    assert weight.dtype == "F32"
+    assert len(weight.chunks) == 2

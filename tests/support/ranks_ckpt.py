@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ckpt import CheckpointManager, CkptError, Retention, TrainState
 from ckpt.storage import faultpoints
-from support.tiny_run import Run
+from support.tiny_run import Run, whole
 
 
 def die() -> None:
@@ -219,3 +220,44 @@ def train_beside_saves(rank: int, world: int, root: str) -> int:
             manager.save(step, run.state)
         manager.wait()
         return len(manager.steps())
+
+
+def save_after_a_forward(rank: int, world: int, root: str) -> dict[str, object]:
+    """Save, train and restore with plain ``fully_shard`` after forwards without a backward.
+
+    Mixed precision, so that the root's gathered parameters are bf16 copies of the fp32 shards.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    fully_shard(
+        model,
+        mesh=init_device_mesh("cpu", (world,)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    state = TrainState(model, optimizer)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    want = {name: whole(tensor) for name, tensor in state.live().tensors.items()}
+
+    def look() -> None:
+        with torch.no_grad():
+            model(torch.ones(2, 6))
+
+    look()
+    with CheckpointManager(root, vote_timeout=20) as manager:
+        first = manager.save(0, state)
+        first.wait(20)
+        look()
+        second = manager.save(1, state)
+        second.wait(20)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        look()
+        manager.restore(state)
+        found = {name: whole(tensor) for name, tensor in state.live().tensors.items()}
+        look()  # the forward must use what was restored
+        again = {name: whole(tensor) for name, tensor in state.live().tensors.items()}
+    same = all(torch.equal(want[k], found[k]) and torch.equal(want[k], again[k]) for k in want)
+    return {"same": same, "names": sorted(found), "replanned": second.metrics.planned}

@@ -66,6 +66,7 @@ def write_step(
     base: BaseIdentity | None = None,
     policy_version: int | None = None,
     state: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> StepManifest:
     """Write and commit a step.
 
@@ -130,6 +131,7 @@ def write_step(
         files=tuple(file_record(name, [files[name]]) for name in sorted(files)),
         adapter_sha256=None,
         policy_version=policy_version,
+        metrics=metrics or {},
     )
     directory = step_dir(step, epoch)
     for name, data in files.items():

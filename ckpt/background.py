@@ -1,0 +1,182 @@
+"""A manager's background thread: jobs in order, what is kept afterwards, and what failed.
+
+Everything that fails here is kept and raised by the caller's next call, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from .errors import PublishError, SaveAborted, VoteTimeout
+from .handle import SaveHandle
+from .job import Job
+from .retain import Keeper
+from .save import EchoError, SavePipeline, SkippedSave
+from .types import SaveMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Runs a manager's jobs one after the other.
+
+    Args:
+        pipeline: what is done with a job.
+        keeper: rank 0's retention.
+        rank: this rank.
+        nonce: begins the attempts of this manager.
+        on_metrics: told the metrics of every save when it has ended, also of a skipped one.
+        lost: called with every resumable job that did not become a step.
+    """
+
+    def __init__(
+        self,
+        pipeline: SavePipeline,
+        keeper: Keeper,
+        *,
+        rank: int,
+        nonce: str,
+        on_metrics: Callable[[SaveMetrics], object] | None,
+        lost: Callable[[Job], object],
+    ) -> None:
+        self._pipeline = pipeline
+        self._keeper = keeper
+        self._rank = rank
+        self._nonce = nonce
+        self._on_metrics = on_metrics
+        self._lost = lost
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-save")
+        self._running: set[Future[None]] = set()
+        self._errors: list[BaseException] = []
+        self._swept = False
+        self._last: tuple[Job, Future[None]] | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of jobs that wait or run."""
+        return len(self._running)
+
+    def submit(self, job: Job) -> None:
+        """Hand a copied job over."""
+        self._last = (job, self._submit(lambda: self._run(job)))
+
+    def refuse(self, seq: int, error: Exception, *, echo: bool) -> None:
+        """Tell the other ranks that this one sits a save out."""
+
+        def tell() -> None:
+            try:
+                self._pipeline.refuse(seq, error, echo=echo)
+            except SaveAborted as problem:
+                # The other ranks are gone; the caller has the error that matters.
+                logger.warning("could not tell the other ranks: %s", problem)
+
+        self._submit(tell)
+
+    def drop_last(self) -> bool:
+        """Take the newest job back if its turn has not come; its handle says it was skipped.
+
+        The other ranks learn of it in the vote: a step exists only if every rank wrote it.
+        """
+        if self._last is None:
+            return False
+        job, future = self._last
+        if not future.cancel():
+            return False
+        self._last = None
+        job.arena.release(job.slot)
+        self._lost(job)
+        error = SkippedSave(f"step {job.step} gave way to a newer state (when_busy='latest')")
+        self.refuse(job.seq, error, echo=False)
+        self.skipped(job.handle)
+        return True
+
+    def skipped(self, handle: SaveHandle) -> None:
+        """Settle the handle of a save that does not take place, and report it."""
+        handle.skipped = handle.metrics.skipped = True
+        handle.resolve()
+        self._submit(lambda: self._report(handle.metrics))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until nothing is left to do, and raise what failed.
+
+        Raises:
+            VoteTimeout: still busy after ``timeout`` seconds.
+            CkptError: the first error of the background; later ones are its notes.
+        """
+        _done, pending = wait(set(self._running), timeout)
+        if pending:
+            msg = f"{len(pending)} save(s) still under way after {timeout:g} s"
+            raise VoteTimeout(msg)
+        self.raise_pending()
+
+    def finish(self) -> None:
+        """Let everything run to its end; nothing may be submitted any more."""
+        self._thread.shutdown(wait=True)
+
+    def raise_pending(self) -> None:
+        """Raise what failed since the last call.
+
+        Raises:
+            CkptError: the first error; later ones are its notes.
+        """
+        if not self._errors:
+            return
+        errors, self._errors = self._errors, []
+        for later in errors[1:]:
+            errors[0].add_note(f"then also: {later}")
+        raise errors[0]
+
+    def _submit(self, work: Callable[[], Any]) -> Future[None]:
+        future = self._thread.submit(work)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def _run(self, job: Job) -> None:
+        """The whole treatment of a job."""
+        error: Exception | None = None
+        try:
+            self._pipeline.run(job)
+        except Exception as problem:  # noqa: BLE001 - kept, and raised by the caller's next call
+            error = problem
+        handle, metrics = job.handle, job.handle.metrics
+        metrics.total_ms = 1e3 * (time.perf_counter() - job.started)
+        committed = handle.committed
+        if job.resumable and not (committed.done() and committed.exception() is None):
+            self._lost(job)
+        if isinstance(error, SkippedSave):
+            logger.info("%s", error)
+            handle.skipped = metrics.skipped = True
+            handle.resolve()
+        elif error is not None:
+            logger.error("%s", error)
+            if not isinstance(error, EchoError):
+                self._errors.append(error)  # before the handle: who saw that fail finds this
+            handle.refuse(error)
+        if self._rank == 0 and (error is None or isinstance(error, PublishError)):
+            self._tidy(job)
+        self._report(metrics)
+
+    def _tidy(self, job: Job) -> None:
+        """Rank 0, after a commit: retention, and once the remains of dead writers."""
+        if job.resumable and job.step is not None:
+            self._keeper.committed(job.step, job.epoch, job.metrics)
+            self._keeper.prune_steps()
+            if not self._swept:
+                self._swept = True
+                self._keeper.sweep(job.epoch, self._nonce)
+        if job.publish:
+            self._keeper.prune_versions()
+
+    def _report(self, metrics: SaveMetrics) -> None:
+        if self._on_metrics is None:
+            return
+        try:
+            self._on_metrics(metrics)
+        except Exception as problem:
+            logger.exception("on_metrics failed")
+            self._errors.append(problem)
