@@ -219,6 +219,7 @@ def train_beside_saves(rank: int, world: int, root: str) -> int:
             run.step()
             manager.save(step, run.state)
         manager.wait()
+        dist.barrier()  # rank 0 deletes after the commit that ends the other's wait
         return len(manager.steps())
 
 
