@@ -16,6 +16,9 @@ from .traffic import Traffic
 
 __all__ = ["Buffer", "Entry", "Storage", "Traffic", "open_storage", "put_checked", "read_checked"]
 
+_BACKENDS = ("s3fs", "obstore")
+"""Who moves the bytes of an S3 store; the first is the default."""
+
 
 def open_storage(
     url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None
@@ -25,7 +28,8 @@ def open_storage(
     Args:
         url: a plain path or ``file://`` URL (POSIX), or any URL that fsspec knows, for example
             ``s3://bucket/prefix`` or ``memory://name``.
-        storage_options: passed to fsspec; not allowed for paths.
+        storage_options: passed to fsspec; not allowed for paths. For S3, ``backend`` is
+            ``"s3fs"`` (default) or ``"obstore"`` (extra ``[obstore]``).
 
     Raises:
         ConfigError: an unusable URL, or options where none are taken.
@@ -50,6 +54,14 @@ def open_storage(
     options = dict(storage_options or {})
     # fsspec and s3fs are slow to import, and a run on local disks needs neither.
     if scheme in {"s3", "s3a"}:
+        backend = options.pop("backend", _BACKENDS[0])
+        if backend not in _BACKENDS:
+            msg = f"backend must be one of {_BACKENDS}, got {backend!r}"
+            raise ConfigError(msg)
+        if backend == "obstore":
+            from .s3_obstore import ObstoreStorage
+
+            return ObstoreStorage(text, options)
         from .s3 import S3Storage
 
         return S3Storage(text, options)

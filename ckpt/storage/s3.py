@@ -11,7 +11,7 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from fsspec.asyn import FSTimeoutError
@@ -32,7 +32,7 @@ from .redact import Redactor, public_url
 from .retry import Fate, RetryPolicy, fate_of, response_of
 from .s3_create import create, probe
 from .s3_session import PART_BYTES, S3Session, ShortObject
-from .s3_upload import SINGLE_PUT_BYTES, collect, multipart, put_object
+from .s3_upload import SINGLE_PUT_BYTES, LyingServer, collect, multipart, put_object
 from .traffic import Traffic
 
 T = TypeVar("T")
@@ -57,6 +57,8 @@ class S3Storage:
         ConfigError: a URL with credentials, a query, or without a bucket; a bad option.
     """
 
+    _session_class: ClassVar[type[S3Session]] = S3Session
+
     def __init__(
         self, url: str, options: Mapping[str, Any], policy: RetryPolicy | None = None
     ) -> None:
@@ -80,18 +82,18 @@ class S3Storage:
             msg = f"upload_checksum must be one of {_CHECKSUMS}, got {checksum!r}"
             raise ConfigError(msg)
         self._checksum = checksum
-        self._session = S3Session(
+        self._session = self._session_class(
             self._bucket, self._options, self._policy, checksum=checksum == "crc32"
         )
         self._exclusive = False
 
     def __repr__(self) -> str:
-        return f"S3Storage({self._url!r})"
+        return f"{type(self).__name__}({self._url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Connections do not travel to another process; the settings do."""
         options = {**self._options, "upload_checksum": self._checksum}
-        return S3Storage, (self._url, options, self._policy)
+        return type(self), (self._url, options, self._policy)
 
     @property
     def url(self) -> str:
@@ -120,14 +122,14 @@ class S3Storage:
         """Bytes ``[start, end)``, in parallel ranges when they are many."""
         key = self._key(path)
         if end is None and start == 0:
-            return self._do("read", path, lambda: self._session.get(key))
+            return bytes(self._do("read", path, lambda: self._session.get(key)))
         if end is None:
             end = self.size(path)
         if not 0 <= start <= end:
             msg = f"{self._show(path)}: {start} to {end} is not a range of bytes"
             raise StorageError(msg)
         if end - start <= PART_BYTES:
-            return self._do("read", path, lambda: self._session.get_range(key, start, end))
+            return bytes(self._do("read", path, lambda: self._session.get_range(key, start, end)))
         if end > self.size(path):  # before memory is taken for it
             msg = f"{self._show(path)}: too short: wanted bytes up to {end}"
             raise StorageError(msg)
@@ -185,9 +187,9 @@ class S3Storage:
             hit("object.put.before")
             if size <= SINGLE_PUT_BYTES:
                 body = data if isinstance(data, bytes) else b"".join(views)
-                await put_object(self._session, key, body)
+                await self._put_whole(key, body)
             else:
-                await multipart(self._session, key, views, size)
+                await self._put_parts(key, views, size)
             hit("object.put.after")
 
         self._do("write", path, send)
@@ -199,9 +201,9 @@ class S3Storage:
 
         async def send() -> None:
             if size <= SINGLE_PUT_BYTES:
-                await put_object(self._session, key, await asyncio.to_thread(collect, views))
+                await self._put_whole(key, await asyncio.to_thread(collect, views))
             else:
-                await multipart(self._session, key, views, size)
+                await self._put_parts(key, views, size)
 
         try:
             self._do("write", path, send)
@@ -260,6 +262,12 @@ class S3Storage:
         msg = f"{self._show(source)}: object stores cannot rename a directory in one step"
         raise StorageError(msg)
 
+    async def _put_whole(self, key: str, body: bytes | bytearray) -> None:
+        await put_object(self._session, key, body)
+
+    async def _put_parts(self, key: str, views: Iterable[memoryview], size: int) -> None:
+        await multipart(self._session, key, views, size)
+
     def _key(self, path: str, *, root_allowed: bool = False) -> str:
         checked_path(path, root_allowed=root_allowed)
         return "/".join(part for part in (self._prefix, path) if part)
@@ -271,7 +279,7 @@ class S3Storage:
         """Run a coroutine on s3fs's loop; whatever it raises becomes one of our errors."""
         try:
             return self._session.run(work)
-        except ShortObject as error:
+        except (ShortObject, LyingServer) as error:
             msg = f"{self._show(path)}: {error}"
             raise StorageError(msg) from None
         except (SourceFailed, ConfigError, StorageError):

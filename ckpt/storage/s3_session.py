@@ -19,6 +19,7 @@ from fsspec.asyn import sync
 
 from ckpt.errors import StorageError
 
+from .base import Buffer
 from .retry import RetryPolicy, response_of, retrying
 from .traffic import Meter
 
@@ -96,23 +97,30 @@ class S3Session:
                 return
             query["ContinuationToken"] = page["NextContinuationToken"]
 
-    async def get(self, key: str, span: str | None = None) -> bytes:
-        """A whole object or one range of it; the body is part of what is repeated."""
-        query = {"Key": key, **({"Range": span} if span else {})}
+    async def repeat(self, size: int, once: Callable[[], Awaitable[T]]) -> T:
+        """Anything that moves ``size`` bytes, repeated as the policy allows."""
+        return await retrying(self.policy, size, once)
 
-        async def once() -> bytes:
-            answer = await self.once("get_object", query)
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
-            self.meter.add(received=len(data))
-            if len(data) != answer["ContentLength"]:
-                msg = f"the body has {len(data)} of {answer['ContentLength']} bytes"
-                raise ConnectionError(msg)
-            return data
+    async def get(self, key: str, span: tuple[int, int] | None = None) -> Buffer:
+        """A whole object or its bytes ``[start, end)``; the body is part of what is repeated."""
+        size = PART_BYTES if span is None else span[1] - span[0]
+        return await self.repeat(size, lambda: self.fetch(key, span))
 
-        return await retrying(self.policy, PART_BYTES, once)
+    async def fetch(self, key: str, span: tuple[int, int] | None) -> Buffer:
+        """One read, never repeated."""
+        query = {"Key": key}
+        if span is not None:
+            query["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+        answer = await self.once("get_object", query)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+        self.meter.add(received=len(data))
+        if len(data) != answer["ContentLength"]:
+            msg = f"the body has {len(data)} of {answer['ContentLength']} bytes"
+            raise ConnectionError(msg)
+        return data
 
-    async def get_range(self, key: str, start: int, end: int) -> bytes:
+    async def get_range(self, key: str, start: int, end: int) -> Buffer:
         """Bytes ``[start, end)`` of an object.
 
         Raises:
@@ -125,7 +133,7 @@ class S3Session:
                 raise ShortObject(msg)
             return b""
         try:
-            data = await self.get(key, f"bytes={start}-{end - 1}")
+            data = await self.get(key, (start, end))
         except Exception as error:
             response = response_of(error) or {}
             if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:

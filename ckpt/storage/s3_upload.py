@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ckpt.errors import StorageError
+
 from .faultpoints import hit
 from .retry import fate_of
 from .s3_session import CONCURRENCY, PART_BYTES, S3Session, cancel
@@ -13,6 +15,10 @@ from .s3_session import CONCURRENCY, PART_BYTES, S3Session, cancel
 SINGLE_PUT_BYTES = 64 * 1024 * 1024
 """Up to here an object is one request; above, a multipart upload."""
 MAX_PARTS = 10_000
+
+
+class LyingServer(StorageError):
+    """A success that was none."""
 
 
 async def put_object(session: S3Session, key: str, body: bytes | bytearray) -> None:
@@ -72,16 +78,34 @@ async def _upload_parts(
 async def _complete(
     session: S3Session, upload: Mapping[str, str], parts: Sequence[Mapping[str, Any]], size: int
 ) -> None:
-    """Complete an upload; where the answer was lost, the object itself tells.
+    """Complete an upload; the object itself tells whether it is.
 
-    A second "complete" after a lost success fails on many servers: the upload is gone.
+    Where the answer was lost, a second "complete" fails on many servers: the upload is gone. And
+    a server that answers at once and assembles later may have said yes and failed after it.
     """
     query = {"MultipartUpload": {"Parts": parts}, **upload}
     try:
         await session.send("complete_multipart_upload", query)
-    except Exception:
-        if not await _is_there(session, upload["Key"], size, len(parts)):
-            raise
+    except Exception as error:  # noqa: BLE001 - confirm raises it unless the object is there
+        await confirm(session, upload["Key"], size, len(parts), error)
+    else:
+        await confirm(session, upload["Key"], size, len(parts))
+
+
+async def confirm(
+    session: S3Session, key: str, size: int, parts: int, error: Exception | None = None
+) -> None:
+    """Make sure that a completed upload is there.
+
+    Raises:
+        Exception: it is not: ``error``, or that the server's yes was wrong.
+    """
+    if await _is_there(session, key, size, parts):
+        return
+    if error is not None:
+        raise error
+    msg = "the server said that the upload is complete, but the object is not there"
+    raise LyingServer(msg)
 
 
 async def _is_there(session: S3Session, key: str, size: int, parts: int) -> bool:

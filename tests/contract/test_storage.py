@@ -12,10 +12,15 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.checksum import file_record
-from ckpt.errors import AlreadyExists, DamagedError, ObjectNotFound, StorageError
+from ckpt.errors import AlreadyExists, ConfigError, DamagedError, ObjectNotFound, StorageError
 from ckpt.storage import Entry, Storage, Traffic, open_storage, put_checked, read_checked
 
-STORES = ["posix", "memory", pytest.param("s3", marks=pytest.mark.s3)]
+STORES = [
+    "posix",
+    "memory",
+    pytest.param("s3", marks=pytest.mark.s3),
+    pytest.param("s3-obstore", marks=pytest.mark.s3),
+]
 
 
 @pytest.fixture(params=STORES)
@@ -26,7 +31,16 @@ def store(request: pytest.FixtureRequest, tmp_path) -> Iterator[Storage]:
         storage = open_storage(f"memory://contract-{uuid.uuid4().hex}/run")
     else:
         server = request.getfixturevalue("s3")
-        storage = open_storage(server.url("contract"), server.storage_options)
+        backend = "obstore" if request.param == "s3-obstore" else "s3fs"
+        options = {**server.storage_options, "backend": backend}
+        storage = open_storage(server.url("contract"), options)
+        if backend == "obstore" and server.endpoint_url.startswith("https:"):
+            try:
+                storage.put("warm-up", b"")
+            except ConfigError as error:
+                storage.close()
+                pytest.skip(str(error))  # of the server's certificate
+            storage.delete("warm-up")
     yield storage
     storage.close()
 

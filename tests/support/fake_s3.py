@@ -22,7 +22,8 @@ class Spoil:
         method: HTTP method, e.g. ``"PUT"``.
         how: ``status`` (answer ``code`` instead of doing it), ``status-after`` (do it, then answer
             ``code``), ``drop`` (close the connection instead), ``drop-after`` (do it, then
-            close), ``truncate`` (half of the body), ``hang`` (answer after ``seconds``).
+            close), ``truncate`` (half of the body), ``flip`` (one bit of the body), ``lie`` (say
+            that it is done, and lose it), ``hang`` (answer after ``seconds``).
         code: HTTP status and S3 error code of the answer.
         times: how many requests it meets.
         skip: how many matching requests pass first.
@@ -106,12 +107,19 @@ class _Handler(BaseHTTPRequestHandler):
         if spoil.how == "hang":
             time.sleep(spoil.seconds)
         result = None
-        if spoil.how in {"status-after", "drop-after", "truncate"}:
+        if spoil.how in {"status-after", "drop-after", "truncate", "flip", "lie"}:
             result = self.perform(key, parts.query, head, body)
         if spoil.how.startswith("drop"):
             self.close_connection = True
         elif spoil.how == "truncate" and result is not None:
             self.answer(*result, cut=True)
+        elif spoil.how == "flip" and result is not None:
+            status, data, *more = result
+            at = len(data) // 2
+            self.answer(status, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], *more)
+        elif spoil.how == "lie" and result is not None:
+            self.fake.objects.pop(key, None)
+            self.answer(*result)
         else:
             self.answer(*_error(*spoil.code, spoil.message))
 

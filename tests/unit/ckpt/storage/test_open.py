@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import uuid
@@ -65,6 +66,25 @@ def test_local_runs_do_not_import_s3(tmp_path: Path) -> None:
         "assert not {'s3fs', 'botocore'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_backend_of_s3_is_a_choice() -> None:
+    from ckpt.storage.s3_obstore import ObstoreStorage
+
+    for backend, kind in (("s3fs", S3Storage), ("obstore", ObstoreStorage)):
+        store = open_storage("s3://bucket/run", {"backend": backend})
+        assert type(store) is kind
+        assert type(pickle.loads(pickle.dumps(store))) is kind
+    assert type(open_storage("s3://bucket/run")) is S3Storage
+    with pytest.raises(ConfigError, match=r"backend must be one of .* got 'boto'"):
+        open_storage("s3://bucket/run", {"backend": "boto"})
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ckpt.storage.s3_obstore", raising=False)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match=r"pip install 'archon-lora\[obstore\]'"):
+        open_storage("s3://bucket/run", {"backend": "obstore"})
 
 
 def test_a_store_without_exclusive_create_is_refused(tmp_path: Path) -> None:
