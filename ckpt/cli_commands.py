@@ -18,6 +18,7 @@ from .cli_console import (
     FOUND,
     USAGE,
     AsJson,
+    Dtype,
     Endpoint,
     Epoch,
     Step,
@@ -32,6 +33,7 @@ from .cli_console import (
     store_options,
     write_json,
 )
+from .cli_convert import export_to_dcp, import_command
 from .cli_prune import pin_command, prune_command, unpin_command
 from .consolidate import consolidate
 from .errors import ConfigError, NoCheckpoint
@@ -56,12 +58,11 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
-    """What exported tensors are cast to."""
+class Format(StrEnum):
+    """What an export writes."""
 
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+    peft = "peft"
+    dcp = "dcp"
 
 
 def run() -> int:
@@ -78,6 +79,9 @@ def _show_version(asked: bool) -> None:
     if asked:
         sys.stdout.write(f"ckpt {package_version()}\n")
         raise typer.Exit
+
+
+app.command("import")(import_command)
 
 
 @app.callback()
@@ -253,7 +257,7 @@ def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
 @app.command("export")
 def export_command(
     url: Url,
-    out: Annotated[str, typer.Argument(help="The PEFT directory to make: local, or a URL.")],
+    out: Annotated[str, typer.Argument(help="The directory to make: local, or (PEFT) a URL.")],
     step: Step = None,
     epoch: Epoch = None,
     version: Version = None,
@@ -263,12 +267,20 @@ def export_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is at OUT already.")
     ] = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="A PEFT directory, or a checkpoint of stock DCP.")
+    ] = Format.peft,
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the adapter of a step (by default the newest), or a version, as a PEFT directory."""
+    """Write the adapter of a step (by default the newest) or a version; or a step for stock DCP."""
     with reported(as_json):
         refuse_both(step, version)
+        if form is Format.dcp:
+            if version is not None or dtype is not None or overwrite:
+                raise ConfigError("--version, --dtype and --overwrite are for --format peft")
+            export_to_dcp(url, out, step, epoch, endpoint_url, as_json)
+            return
         if version is not None and dtype is not None:
             raise ConfigError("a version is copied as it was published: leave --dtype out")
         storage = open_root(url, endpoint_url)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
 from typing import Annotated, Any, Final
 
 import typer
@@ -32,6 +33,15 @@ FOUND: Final = 1
 USAGE: Final = 2
 STORAGE: Final = 3
 _PIPE_WIDTH: Final = 120
+
+
+class Dtype(StrEnum):
+    """What exported and imported adapter tensors are cast to."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
 
 Url = Annotated[
     str, typer.Argument(help="The run's root: a directory, or a URL such as s3://bucket/run7.")
@@ -70,12 +80,17 @@ def open_root(url: str, endpoint_url: str | None) -> Storage:
 
 
 @contextlib.contextmanager
-def reported(as_json: bool) -> Iterator[None]:
-    """Turn errors of the package into one line, a remedy and an exit status."""
+def reported(as_json: bool, *, verifiable: bool = True) -> Iterator[None]:
+    """Turn errors of the package into one line, a remedy and an exit status.
+
+    Args:
+        as_json: print the error as a document as well.
+        verifiable: what may be damaged is ours, so that ``ckpt verify`` can say more.
+    """
     try:
         yield
     except CkptError as error:
-        status, hint = _status(error)
+        status, hint = _status(error, verifiable)
         message = " ".join(str(error).split())
         if as_json:
             write_json({"error": {"type": type(error).__name__, "message": message}})
@@ -83,12 +98,13 @@ def reported(as_json: bool) -> Iterator[None]:
         raise typer.Exit(status) from None
 
 
-def _status(error: CkptError) -> tuple[int, str]:
+def _status(error: CkptError, verifiable: bool) -> tuple[int, str]:
     if isinstance(error, AlreadyExists | ConfigError | NoCheckpoint):
         return USAGE, ""
     if isinstance(error, StorageError):
         return STORAGE, "; check the URL, the AWS_* variables and --endpoint-url"
-    return FOUND, "; `ckpt verify` tells what else is damaged" * isinstance(error, DamagedError)
+    more = verifiable and isinstance(error, DamagedError)
+    return FOUND, "; `ckpt verify` tells what else is damaged" * more
 
 
 def complain(message: str) -> None:

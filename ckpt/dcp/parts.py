@@ -138,7 +138,7 @@ def write_shard(
     tensors = {name: _host(by_name[name], planner) for name in layout.offsets}
     where = place_of(storage, ticket)
     file = shard_name(ticket.rank, ticket.world)
-    buffers = [memoryview(layout.header), *(_view(tensor) for tensor in tensors.values())]
+    buffers = [memoryview(layout.header), *(tensor_bytes(tensor) for tensor in tensors.values())]
     record = put_checked(storage, where.path(file), buffers, name=where.name(file))
     if record.size != layout.size:
         msg = f"{where.path(file)}: {record.size} bytes were written, {layout.size} planned"
@@ -167,10 +167,12 @@ def _host(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
     return data.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def _view(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, without a copy; valid while the tensor lives."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A dense, contiguous host tensor's bytes, without a copy."""
     # ctypes instead of Tensor.numpy(): NumPy is not a dependency.
     array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    # The view holds the array, and so the tensor: a store may keep views for a while.
+    array.owner = tensor  # type: ignore[attr-defined]  # ctypes objects take attributes
     return memoryview(array).cast("B")
 
 

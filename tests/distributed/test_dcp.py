@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ckpt.catalog import check_step, list_steps
 from ckpt.dcp import Reader
+from ckpt.dcp.importing import import_checkpoint
 from ckpt.dtypes import TORCH_DTYPES
 from ckpt.storage import open_storage
 
@@ -45,6 +46,14 @@ def test_save_async_save_and_load_with_other_placements(tmp_path: Path) -> None:
     dcp.load(live, storage_reader=Reader(url))  # on one rank
     for name, value in ranks_dcp.whole().items():
         assert torch.equal(live["model"][name], value), name
+
+    # Stock DCP's own checkpoint of the same shards, converted: the same tensors and entries.
+    imported = import_checkpoint(f"{url}-stock", f"{url}-imported")
+    live = {"model": ranks_dcp.zeros()}
+    dcp.load(live, storage_reader=Reader(f"{url}-imported"))
+    for name, value in ranks_dcp.whole().items():
+        assert torch.equal(live["model"][name], value), name
+    assert imported.entries == len(ranks_dcp.ENTRIES)
 
 
 def test_faults(tmp_path: Path) -> None:

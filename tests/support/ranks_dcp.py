@@ -68,6 +68,8 @@ def save_and_load(
     mesh, group = init_device_mesh("cpu", (world,)), gloo()
     writer, reader = Writer(url, storage_options=options), Reader(url, storage_options=options)
     saved = placed(mesh, SAVED, whole()) | {"extra": dict(ENTRIES)}
+    if options is None:
+        dcp.save(saved, checkpoint_id=f"{url}-stock", process_group=group)
     with converted():
         dcp.save(saved, storage_writer=writer, process_group=group)
         future = dcp.async_save(
