@@ -11,11 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from .arena import Arena
 from .errors import PublishError, SaveAborted, VoteTimeout
 from .handle import SaveHandle
 from .job import Job
 from .retain import Keeper
 from .save import EchoError, SavePipeline, SkippedSave
+from .storage.traffic import Traffic
 from .types import SaveMetrics
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Background:
         keeper: rank 0's retention.
         rank: this rank.
         nonce: begins the attempts of this manager.
+        traffic: a reading of the store's meter.
         on_metrics: told the metrics of every save when it has ended, also of a skipped one.
         lost: called with every resumable job that did not become a step.
     """
@@ -40,6 +43,7 @@ class Background:
         *,
         rank: int,
         nonce: str,
+        traffic: Callable[[], Traffic],
         on_metrics: Callable[[SaveMetrics], object] | None,
         lost: Callable[[Job], object],
     ) -> None:
@@ -47,13 +51,14 @@ class Background:
         self._keeper = keeper
         self._rank = rank
         self._nonce = nonce
+        self._traffic = traffic
         self._on_metrics = on_metrics
         self._lost = lost
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-save")
         self._running: set[Future[None]] = set()
         self._errors: list[BaseException] = []
         self._swept = False
-        self._last: tuple[Job, Future[None]] | None = None
+        self._waiting: list[tuple[Job, Future[None]]] = []
 
     @property
     def depth(self) -> int:
@@ -62,7 +67,8 @@ class Background:
 
     def submit(self, job: Job) -> None:
         """Hand a copied job over."""
-        self._last = (job, self._submit(lambda: self._run(job)))
+        self._waiting = [pair for pair in self._waiting if not pair[1].done()]
+        self._waiting.append((job, self._submit(lambda: self._run(job))))
 
     def refuse(self, seq: int, error: Exception, *, echo: bool) -> None:
         """Tell the other ranks that this one sits a save out."""
@@ -76,17 +82,16 @@ class Background:
 
         self._submit(tell)
 
-    def drop_last(self) -> bool:
-        """Take the newest job back if its turn has not come; its handle says it was skipped.
+    def drop_last(self, arena: Arena) -> bool:
+        """Take back the newest job with a slot of the arena, if its turn has not come yet.
 
-        The other ranks learn of it in the vote: a step exists only if every rank wrote it.
+        Its handle says that it was skipped. A rank on which it has begun learns of it in the
+        vote: a step exists only if every rank wrote it.
         """
-        if self._last is None:
+        mine = [pair for pair in self._waiting if pair[0].arena is arena]
+        if not mine or not mine[-1][1].cancel():
             return False
-        job, future = self._last
-        if not future.cancel():
-            return False
-        self._last = None
+        job = mine[-1][0]
         job.arena.release(job.slot)
         self._lost(job)
         error = SkippedSave(f"step {job.step} gave way to a newer state (when_busy='latest')")
@@ -139,12 +144,15 @@ class Background:
     def _run(self, job: Job) -> None:
         """The whole treatment of a job."""
         error: Exception | None = None
+        before = self._traffic()
         try:
             self._pipeline.run(job)
         except Exception as problem:  # noqa: BLE001 - kept, and raised by the caller's next call
             error = problem
         handle, metrics = job.handle, job.handle.metrics
         metrics.total_ms = 1e3 * (time.perf_counter() - job.started)
+        moved = self._traffic() - before
+        metrics.store_requests, metrics.store_bytes = moved.requests, moved.moved
         committed = handle.committed
         if job.resumable and not (committed.done() and committed.exception() is None):
             self._lost(job)

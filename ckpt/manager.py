@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, get_args
 
 import torch
 import torch.distributed as dist
 
 from .arena import local_tensor
 from .background import Background
+from .busy import BusyRule, WhenBusy
 from .catalog import list_steps
 from .errors import CkptError, ConfigError, StepExists
 from .handle import SaveHandle
@@ -24,15 +25,13 @@ from .planner import Planner
 from .rendezvous import join
 from .restore import RestoreReport, restore
 from .retain import Keeper
-from .save import SavePipeline
+from .save import EchoError, SavePipeline
 from .storage import Storage, open_storage
 from .train_state import TrainState
 from .types import MODEL_PREFIX, Retention, SaveMetrics
 from .vote import Board
 
 logger = logging.getLogger(__name__)
-
-WhenBusy = Literal["block", "skip", "latest"]
 
 DEFAULT_RUN = "run"
 FAREWELL_SECONDS = 30.0
@@ -58,9 +57,13 @@ class CheckpointManager:
         fresh: start a new run over whatever the root holds.
         publish_dtype: dtype of published adapters.
         vote_timeout: seconds that rank 0 waits for a rank's answer after its own is in.
-        on_metrics: called on the background thread after each save, with its metrics. What it
-            raises surfaces like any background error.
-        when_busy: what ``save()`` does while both arena slots are in use; only ``"block"``.
+        on_metrics: called on the background thread when a save has ended, well or not or
+            skipped, with its metrics. What it raises surfaces like any background error.
+        when_busy: what ``save()`` and ``publish()`` do while both arena slots are in use:
+            ``"block"`` waits for one, ``"skip"`` leaves the new save out, ``"latest"`` gives up
+            the newest save that still waits its turn, with what it was to publish. Ranks agree
+            first, which costs one round trip to the ranks' store, except for ``"block"``. A save
+            that is left out or given up has a handle that says ``skipped``.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -82,8 +85,9 @@ class CheckpointManager:
         on_metrics: Callable[[SaveMetrics], object] | None = None,
         when_busy: WhenBusy = "block",
     ) -> None:
-        if when_busy != "block":
-            msg = f"when_busy must be 'block', got {when_busy!r}"
+        if when_busy not in get_args(WhenBusy):
+            wanted = ", ".join(map(repr, get_args(WhenBusy)))
+            msg = f"when_busy must be one of {wanted}, got {when_busy!r}"
             raise ConfigError(msg)
         if not vote_timeout > 0:
             msg = f"vote_timeout must be a positive number of seconds, got {vote_timeout!r}"
@@ -106,9 +110,11 @@ class CheckpointManager:
             Keeper(self._storage, retention or Retention(), name),
             rank=rank,
             nonce=self._ranks.nonce,
+            traffic=lambda: self._storage.traffic,
             on_metrics=on_metrics,
             lost=lambda job: self._taken.discard(job.step or 0),
         )
+        self._busy = BusyRule(self._board, when_busy)
         self._vote_timeout = vote_timeout
         self._taken: set[int] = set()
         self._seq = 0
@@ -265,9 +271,13 @@ class CheckpointManager:
             self._work.raise_pending()
         except Exception as error:
             # Every rank knows this error; the others must not wait for this save.
+            self._busy.refuse(seq, error)
             self._work.refuse(seq, error, echo=True)
             raise
         try:
+            left_out = self._give_way(seq, step, resumable=resumable)
+            if left_out is not None:
+                return left_out
             job = self._stage(seq, step, state, resumable, publish, started)
             job.metrics = values or {}
         except Exception as error:
@@ -275,6 +285,22 @@ class CheckpointManager:
             raise
         self._work.submit(job)
         return job.handle
+
+    def _give_way(self, seq: int, step: int | None, *, resumable: bool) -> SaveHandle | None:
+        """Apply ``when_busy``; the handle of this save if it is not to take place."""
+        arena = self._planner.arena(resumable=resumable)
+        left_out = SaveHandle(step, SaveMetrics(step=step, queue_depth=self._work.depth))
+        try:
+            choice = self._busy.choose(seq, free=arena is None or arena.available())
+        except EchoError as error:
+            left_out.refuse(error)  # its cause is raised by this rank's next call
+            return left_out
+        if choice == "skip":
+            self._work.skipped(left_out)
+            return left_out
+        if choice == "drop" and arena is not None:
+            self._work.drop_last(arena)
+        return None
 
     def _stage(
         self,

@@ -68,6 +68,11 @@ class Planner:
         self._report = report
         self._epoch = None
 
+    def arena(self, *, resumable: bool) -> Arena | None:
+        """The slots that a save of this kind used last, or None if there was none."""
+        cached = self._cache.get(_kind(resumable=resumable))
+        return None if cached is None else cached.arena
+
     def release(self) -> None:
         """Give the arenas' memory back."""
         self._cache.clear()
@@ -76,7 +81,7 @@ class Planner:
         self, seq: int, step: int | None, tensors: dict[str, torch.Tensor], *, resumable: bool
     ) -> tuple[CachedLayout, bool, int]:
         """The cached layout, or a new one that all ranks agree on."""
-        kind = "step" if resumable else "version"
+        kind = _kind(resumable=resumable)
         cached = self._cache.get(kind)
         if cached is not None and self._epoch is not None:
             same = cached.names == tuple(tensors) and all(
@@ -171,3 +176,7 @@ class Planner:
             parent = Parent(report.epoch, report.step)
         seen = None if report is None else report.seen_epoch
         return claim_epoch(self._storage, parent, seen=seen, fresh=self._fresh).epoch
+
+
+def _kind(*, resumable: bool) -> str:
+    return "step" if resumable else "version"

@@ -94,7 +94,9 @@ class SavePipeline:
         """Tell the others that this rank takes no part in a save, and why."""
         if self._board.world == 1:
             return
-        for topic in (plan_topic(seq), save_topic(seq)):
+        topics = (plan_topic(seq), save_topic(seq))
+        self._done_topics += topics
+        for topic in topics:
             self._board.fail(topic, error, echo=echo)
             if self._board.rank == 0:
                 self._board.abort(topic, error, echo=echo)

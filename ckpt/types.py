@@ -155,7 +155,26 @@ class Retention:
 
 @dataclass(slots=True)
 class SaveMetrics:
-    """What one save cost; filled in as it proceeds (durations in milliseconds, sizes in bytes)."""
+    """What one save cost on this rank; filled in as it proceeds (None: it did not come to that).
+
+    Attributes:
+        step: the step number, or None for a publish without one.
+        stall_ms: time that ``save()`` took from the caller.
+        stage_bytes: bytes that were copied.
+        write_ms: time to write this rank's file, checksums included.
+        commit_ms: from then until the step existed: the other ranks' files, the vote, the
+            manifest.
+        publish_ms: time to make the version, its commit included.
+        publish_lag_ms: from the call until the version existed.
+        total_ms: from the call until everything had ended.
+        planned: whether the layout was planned anew, with the other ranks.
+        queue_depth: saves that were waiting or under way when this one came.
+        skipped: whether ``when_busy`` left it out.
+        store_requests: requests that this rank sent to the store for it, repetitions included
+            (on a file system: operations on files).
+        store_bytes: bytes that went to the store or came from it.
+        extra: room for callers.
+    """
 
     step: int | None = None
     stall_ms: float = 0.0
@@ -168,4 +187,6 @@ class SaveMetrics:
     planned: bool = False
     queue_depth: int = 0
     skipped: bool = False
+    store_requests: int | None = None
+    store_bytes: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
