@@ -30,7 +30,7 @@ from .faultpoints import hit
 from .paths import SourceFailed, as_views, checked_path, sized_views
 from .redact import Redactor, public_url
 from .retry import Fate, RetryPolicy, fate_of, response_of
-from .s3_create import create, probe
+from .s3_create import create, create_large, probe, probe_large
 from .s3_session import PART_BYTES, S3Session, ShortObject
 from .s3_upload import SINGLE_PUT_BYTES, LyingServer, collect, multipart, put_object
 from .traffic import Traffic
@@ -85,7 +85,7 @@ class S3Storage:
         self._session = self._session_class(
             self._bucket, self._options, self._policy, checksum=checksum == "crc32"
         )
-        self._exclusive = False
+        self._proven: set[str] = set()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -223,12 +223,10 @@ class S3Storage:
         """
         key = self._key(path)
         body = bytes(data)
-        if len(body) > SINGLE_PUT_BYTES:
-            msg = f"{self._show(path)}: an exclusive create takes at most {SINGLE_PUT_BYTES} bytes"
-            raise StorageError(msg)
-        if not self._exclusive:
-            self._check_exclusive()
-        outcome = self._do("create", path, lambda: create(self._session, key, body))
+        large = len(body) > SINGLE_PUT_BYTES
+        self._check_exclusive(large=large)
+        send = create_large if large else create
+        outcome = self._do("create", path, lambda: send(self._session, key, body))
         if outcome is not None:
             self._settle(path, body, outcome.error)
 
@@ -334,16 +332,34 @@ class S3Storage:
             msg = f"{self._show(path)} exists already, written by somebody else"
             raise AlreadyExists(msg)
 
-    def _check_exclusive(self) -> None:
-        """Make sure once that the store refuses a second conditional create."""
+    def _check_exclusive(self, *, large: bool) -> None:
+        """Make sure that the store refuses a second conditional create: once for each kind.
+
+        A large create needs the small kind too: it is the one whose answers show that the store
+        takes the condition seriously at all.
+        """
+        self._prove("PUT", probe, "the store")
+        if large:
+            self._prove(
+                "multipart",
+                probe_large,
+                f"an exclusive create of more than {SINGLE_PUT_BYTES} bytes is a multipart upload, "
+                "and the store",
+            )
+
+    def _prove(
+        self, kind: str, test: Callable[[S3Session, str], Awaitable[str | None]], what: str
+    ) -> None:
+        if kind in self._proven:
+            return
         name = f".probe-{uuid.uuid4().hex}"
         key = self._key(name)
-        problem = self._do("probe", name, lambda: probe(self._session, key))
+        problem = self._do("probe", name, lambda: test(self._session, key))
         if problem:
             msg = (
-                f"{self._url}: the store {problem}, so two trainers on this root could overwrite "
+                f"{self._url}: {what} {problem}, so two trainers on this root could overwrite "
                 "each other; use a store with conditional writes (AWS S3, Ceph, ...) or a POSIX "
                 "directory"
             )
             raise StoreNotExclusive(msg)
-        self._exclusive = True
+        self._proven.add(kind)

@@ -12,8 +12,8 @@ from .faultpoints import hit
 from .retry import fate_of
 from .s3_session import CONCURRENCY, PART_BYTES, S3Session, cancel
 
-SINGLE_PUT_BYTES = 64 * 1024 * 1024
-"""Up to here an object is one request; above, a multipart upload."""
+SINGLE_PUT_BYTES = 128 * 1024 * 1024
+"""Up to here an object is one request, so that an adapter is; above, a multipart upload."""
 MAX_PARTS = 10_000
 
 
@@ -29,22 +29,32 @@ async def put_object(session: S3Session, key: str, body: bytes | bytearray) -> N
 
 async def multipart(session: S3Session, key: str, views: Iterable[memoryview], size: int) -> None:
     """Write an object in parts, a few at a time; aborted on any error, so that nothing shows."""
-    answer = await session.send("create_multipart_upload", {"Key": key, **session.algorithm})
-    upload = {"Key": key, "UploadId": answer["UploadId"]}
+    upload = await begin(session, key)
     try:
-        done = await _upload_parts(session, upload, cut(views, part_bytes(size)))
+        done = await upload_parts(session, upload, cut(views, part_bytes(size)))
         hit("object.multipart.before_complete")
         await _complete(session, upload, done, size)
         hit("object.multipart.after_complete")
     except BaseException as error:
-        try:
-            await session.send("abort_multipart_upload", upload)
-        except Exception as unaborted:  # noqa: BLE001 - the first error is the one to report
-            error.add_note(f"aborting the upload failed too: {type(unaborted).__name__}")
+        await abandon(session, upload, error)
         raise
 
 
-async def _upload_parts(
+async def begin(session: S3Session, key: str) -> dict[str, str]:
+    """Begin a multipart upload; what names it in later requests."""
+    answer = await session.send("create_multipart_upload", {"Key": key, **session.algorithm})
+    return {"Key": key, "UploadId": answer["UploadId"]}
+
+
+async def abandon(session: S3Session, upload: Mapping[str, str], error: BaseException) -> None:
+    """Abort an upload because of an error, which gets a note if that fails too."""
+    try:
+        await session.send("abort_multipart_upload", upload)
+    except Exception as unaborted:  # noqa: BLE001 - the first error is the one to report
+        error.add_note(f"aborting the upload failed too: {type(unaborted).__name__}")
+
+
+async def upload_parts(
     session: S3Session, upload: Mapping[str, str], parts: Iterator[bytes]
 ) -> list[dict[str, Any]]:
     """Send parts as they are made, at most ``CONCURRENCY`` of them held in memory."""

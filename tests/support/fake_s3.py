@@ -54,7 +54,8 @@ class FakeS3:
         uploads: unfinished multipart uploads, id → {part number: bytes}.
         spoils: what goes wrong; used up as it happens.
         log: (method, key, query, headers) of every request.
-        conditions: keep ``If-None-Match``.
+        conditions: keep ``If-None-Match`` on PUT.
+        multipart_conditions: keep it on the completion of a multipart upload.
         headers: sent with every answer.
     """
 
@@ -65,6 +66,7 @@ class FakeS3:
     spoils: list[Spoil] = field(default_factory=list)
     log: list[tuple[str, str, str, dict[str, str]]] = field(default_factory=list)
     conditions: bool = True
+    multipart_conditions: bool = True
     headers: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -158,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fake.uploads[name] = {}
                 return 200, _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
             if "uploadId" in asked:
-                return self._multipart(key, asked, body)
+                return self._multipart(key, asked, head, body)
             if fake.conditions and head.get("if-none-match") == "*" and key in fake.objects:
                 # Without <Condition>, as servers other than AWS answer.
                 return _error(412, "PreconditionFailed")
@@ -166,13 +168,15 @@ class _Handler(BaseHTTPRequestHandler):
             fake.etags[key] = "whole"
             return 200, b"", {"ETag": '"whole"'}
 
-    def _multipart(self, key: str, asked: dict[str, list[str]], body: bytes):
+    def _multipart(self, key: str, asked: dict[str, list[str]], head: dict[str, str], body: bytes):
         fake, name = self.fake, asked["uploadId"][0]
         if name not in fake.uploads:
             return _error(404, "NoSuchUpload")
         if self.command == "PUT":
             fake.uploads[name][int(asked["partNumber"][0])] = body
             return 200, b"", {"ETag": '"part"'}
+        if fake.multipart_conditions and head.get("if-none-match") == "*" and key in fake.objects:
+            return _error(412, "PreconditionFailed")
         parts = fake.uploads.pop(name)
         fake.objects[key] = b"".join(parts[number] for number in sorted(parts))
         fake.etags[key] = f"all-{len(parts)}"

@@ -209,7 +209,7 @@ def test_no_connection_is_not_unknown(fake: FakeS3) -> None:
         store = S3Storage(
             "s3://bucket/run", options(fake, endpoint_url=f"http://127.0.0.1:{port}"), QUICK
         )
-        store._exclusive = True  # the probe would fail first
+        store._proven = {"PUT"}  # the probe would fail first
         with pytest.raises(StorageError, match="create failed"):
             store.put_new("x", b"mine")
         store.close()
@@ -277,9 +277,100 @@ def test_a_lost_answer_to_the_probe_does_no_harm(fake: FakeS3, store: S3Storage)
     assert created(fake) == {"run/x": b"mine"}
 
 
-def test_an_exclusive_create_is_one_request(store: S3Storage) -> None:
-    with pytest.raises(StorageError, match="takes at most 67108864 bytes"):
-        store.put_new("x", bytes(64 * 2**20 + 1))
+# Exclusive creates that are too large for one request
+
+
+@pytest.fixture
+def small_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt.storage.s3.SINGLE_PUT_BYTES", 100)
+    monkeypatch.setattr("ckpt.storage.s3_upload.PART_BYTES", 64)
+
+
+LARGE = b"mine " * 50
+OTHER = b"other " * 50
+
+
+@pytest.mark.usefixtures("small_puts")
+def test_a_large_create_is_exclusive(fake: FakeS3, store: S3Storage) -> None:
+    store.put_new("x", LARGE)
+    with pytest.raises(AlreadyExists, match="written by somebody else"):
+        store.put_new("x", OTHER)
+    store.put_new("x", LARGE)  # as after a crash: these are our own bytes
+    assert created(fake) == {"run/x": LARGE}
+    assert not fake.uploads
+
+
+@pytest.mark.usefixtures("small_puts")
+def test_a_store_that_ignores_the_condition_on_multipart_is_found_out(
+    fake: FakeS3, store: S3Storage
+) -> None:
+    """Seen: the condition kept on a PUT, and silently ignored on a multipart upload."""
+    fake.multipart_conditions = False
+    fake.objects["run/x"] = OTHER
+    with pytest.raises(StoreNotExclusive, match=r"more than 100 bytes.*ignores 'If-None-Match' on"):
+        store.put_new("x", LARGE)
+    assert created(fake) == {"run/x": OTHER}
+    assert not fake.uploads
+    store.put_new("small", b"mine")  # which is one PUT, and fenced
+    with pytest.raises(AlreadyExists):
+        store.put_new("small", b"yours")
+
+
+@pytest.mark.usefixtures("small_puts")
+def test_a_store_that_lacks_the_condition_on_multipart_is_refused(
+    fake: FakeS3, store: S3Storage
+) -> None:
+    fake.spoils = [Spoil("POST", "status", (501, "NotImplemented"), query="uploadId=", times=99)]
+    with pytest.raises(StoreNotExclusive, match="does not know 'If-None-Match' on multipart"):
+        store.put_new("x", LARGE)
+    assert created(fake) == {}
+    assert not fake.uploads
+
+
+@pytest.mark.usefixtures("small_puts")
+@pytest.mark.parametrize("how", ["drop-after", "status-after", "drop", "status"])
+def test_a_lost_answer_to_a_large_create_is_settled(
+    fake: FakeS3, store: S3Storage, how: str
+) -> None:
+    fake.spoils = [Spoil("POST", how, key="run/x", query="uploadId=")]
+    store.put_new("x", LARGE)
+    assert created(fake) == {"run/x": LARGE}
+    assert not fake.uploads
+
+
+@pytest.mark.usefixtures("small_puts")
+@pytest.mark.parametrize("how", ["drop", "status"])
+def test_a_large_create_that_is_never_answered_is_unknown(
+    fake: FakeS3, store: S3Storage, how: str
+) -> None:
+    fake.spoils = [Spoil("POST", how, key="run/x", query="uploadId=", times=99)]
+    with pytest.raises(CommitUnknown, match="may still appear"):
+        store.put_new("x", LARGE)
+    assert not fake.uploads
+
+
+@pytest.mark.usefixtures("small_puts")
+def test_a_conflict_of_a_large_create_uploads_anew(fake: FakeS3, store: S3Storage) -> None:
+    conflict = (409, "ConditionalRequestConflict")
+    fake.spoils = [Spoil("POST", "status", conflict, key="run/x", query="uploadId=", times=2)]
+    store.put_new("x", LARGE)
+    assert created(fake) == {"run/x": LARGE}
+    assert not fake.uploads
+    begun = [q for m, key, q, _ in fake.log if (m, key, q) == ("POST", "run/x", "uploads")]
+    assert len(begun) == 3
+
+
+@pytest.mark.usefixtures("small_puts")
+def test_a_large_create_that_fails_for_certain(fake: FakeS3, store: S3Storage) -> None:
+    for query in ("partNumber", "uploadId="):
+        method = "PUT" if query == "partNumber" else "POST"
+        fake.spoils = [
+            Spoil(method, "status", (403, "AccessDenied"), key="run/x", query=query, times=99)
+        ]
+        with pytest.raises(StorageError, match="HTTP 403 AccessDenied"):
+            store.put_new("x", LARGE)
+        assert created(fake) == {}
+        assert not fake.uploads
 
 
 # Multipart uploads
