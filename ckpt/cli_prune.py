@@ -24,6 +24,7 @@ from .cli_console import (
     write_json,
 )
 from .cli_tables import size_text, state_text
+from .cli_uploads import DEFAULT_AGE, age, upload_rows
 from .errors import ConfigError, NoCheckpoint
 from .holds import pin, pinned, remove_unless_held, unpin
 from .layout import parse_step_dir, step_name
@@ -59,16 +60,28 @@ def prune_command(
         int | None, typer.Option("--keep-versions", min=1, help="Newest versions to keep.")
     ] = None,
     run: Annotated[str | None, typer.Option("--run", help="Only versions of this run.")] = None,
+    uploads: Annotated[
+        bool, typer.Option("--uploads", help="Abort uploads to S3 that were never finished.")
+    ] = False,
+    older_than: Annotated[
+        str, typer.Option("--older-than", help="Age of an upload that goes: 90s, 30m, 24h, 7d.")
+    ] = DEFAULT_AGE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go and why; delete nothing.")
     ] = False,
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the steps and versions that no rule keeps; pinned and leased ones always stay."""
+    """Delete steps and versions that no rule keeps, and unfinished uploads.
+
+    What is pinned or leased always stays.
+    """
     with reported(as_json):
-        if keep_latest is None and keep_versions is None:
-            raise ConfigError("name a rule: --keep-latest for steps, --keep-versions for versions")
+        if keep_latest is None and keep_versions is None and not uploads:
+            raise ConfigError(
+                "name a rule: --keep-latest for steps, --keep-versions for versions, "
+                "--uploads for unfinished uploads"
+            )
         if keep_latest is None and (every, best, metric) != (None, None, None):
             raise ConfigError("--every, --best and --metric add to --keep-latest: name that, too")
         storage = open_root(url, endpoint_url)
@@ -78,6 +91,8 @@ def prune_command(
             rows += _steps(storage, rule, dry_run)
         if keep_versions is not None:
             rows += _versions(storage, keep_versions, run, dry_run)
+        if uploads:
+            rows += upload_rows(storage, age(older_than), dry_run=dry_run)
         if as_json:
             write_json({"url": storage.url, "dry_run": dry_run, "entries": rows})
             return

@@ -31,6 +31,7 @@ from .paths import SourceFailed, as_views, checked_path, sized_views
 from .redact import Redactor, public_url
 from .retry import Fate, RetryPolicy, fate_of, response_of
 from .s3_create import create, create_large, probe, probe_large
+from .s3_reap import PendingUpload, abort, pending
 from .s3_session import PART_BYTES, S3Session, ShortObject
 from .s3_upload import SINGLE_PUT_BYTES, LyingServer, collect, multipart, put_object
 from .traffic import Traffic
@@ -259,6 +260,18 @@ class S3Storage:
         """Not possible here; see :attr:`has_rename`."""
         msg = f"{self._show(source)}: object stores cannot rename a directory in one step"
         raise StorageError(msg)
+
+    def pending_uploads(self) -> Sequence[PendingUpload]:
+        """Multipart uploads below the root that are neither completed nor aborted."""
+        prefix = f"{self._prefix}/" if self._prefix else ""
+        return self._do(
+            "list", "", lambda: pending(self._session, prefix, lambda key: key[len(prefix) :])
+        )
+
+    def abort_upload(self, upload: PendingUpload) -> None:
+        """Abort one of them; fine if it ended meanwhile."""
+        key = "/".join(part for part in (self._prefix, upload.path) if part)
+        self._do("abort", upload.path, lambda: abort(self._session, key, upload.upload_id))
 
     async def _put_whole(self, key: str, body: bytes | bytearray) -> None:
         await put_object(self._session, key, body)

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -52,6 +53,7 @@ class FakeS3:
         url: endpoint.
         objects: key → bytes.
         uploads: unfinished multipart uploads, id → {part number: bytes}.
+        begun: key and start (seconds since the epoch) of every upload, by id.
         spoils: what goes wrong; used up as it happens.
         log: (method, key, query, headers) of every request.
         conditions: keep ``If-None-Match`` on PUT.
@@ -62,6 +64,7 @@ class FakeS3:
     url: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    begun: dict[str, tuple[str, float]] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
     spoils: list[Spoil] = field(default_factory=list)
     log: list[tuple[str, str, str, dict[str, str]]] = field(default_factory=list)
@@ -142,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
     def perform(self, key: str, query: str, head: dict[str, str], body: bytes):
         fake, asked = self.fake, parse_qs(query, keep_blank_values=True)
         with fake.lock:
+            if self.command == "GET" and "uploads" in asked:
+                return _uploads(fake, asked)
             if self.command in {"GET", "HEAD"} and "list-type" in asked:
                 return _listing(fake, asked["prefix"][0])
             if self.command in {"GET", "HEAD"}:
@@ -158,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             if "uploads" in asked:
                 name = f"upload-{len(fake.uploads)}-{time.monotonic_ns()}"
                 fake.uploads[name] = {}
+                fake.begun[name] = (key, time.time())
                 return 200, _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
             if "uploadId" in asked:
                 return self._multipart(key, asked, head, body)
@@ -217,6 +223,29 @@ def _listing(fake: FakeS3, prefix: str):
         if key.startswith(prefix)
     )
     return 200, _xml("ListBucketResult", f"<IsTruncated>false</IsTruncated>{items}")
+
+
+def _uploads(fake: FakeS3, asked: dict[str, list[str]]):
+    """Two uploads a page, whatever their prefix, as if the filter were not known."""
+    after = asked.get("upload-id-marker", [""])[0]
+    names = [name for name in sorted(fake.uploads) if name > after]
+    page = names[:2]
+    items = "".join(
+        f"<Upload><Key>{fake.begun[name][0]}</Key><UploadId>{name}</UploadId><Initiated>"
+        f"{datetime.fromtimestamp(fake.begun[name][1], UTC):%Y-%m-%dT%H:%M:%S.000Z}"
+        "</Initiated></Upload>"
+        for name in page
+    )
+    more = ""
+    if len(names) > len(page):
+        more = (
+            f"<NextKeyMarker>{fake.begun[page[-1]][0]}</NextKeyMarker>"
+            f"<NextUploadIdMarker>{page[-1]}</NextUploadIdMarker>"
+        )
+    flag = "true" if more else "false"
+    return 200, _xml(
+        "ListMultipartUploadsResult", f"<IsTruncated>{flag}</IsTruncated>{more}{items}"
+    )
 
 
 @contextlib.contextmanager
