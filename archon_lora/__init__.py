@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         NonFiniteGradient,
         PeerFailed,
         TargetError,
+        TrainConfigError,
         UnmappedName,
     )
     from .linear import LoRALinear
@@ -58,6 +59,7 @@ _HOMES = {
     "NonFiniteGradient": "errors",
     "PeerFailed": "errors",
     "TargetError": "errors",
+    "TrainConfigError": "errors",
     "UnmappedName": "errors",
     "adapter_shard_placement": "parallel",
     "adapters_disabled": "adapter",
@@ -90,6 +92,7 @@ __all__ = [
     "NonFiniteGradient",
     "PeerFailed",
     "TargetError",
+    "TrainConfigError",
     "UnmappedName",
     "adapter_shard_placement",
     "adapters_disabled",
@@ -113,3 +116,7 @@ def __getattr__(name: str) -> Any:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     return getattr(importlib.import_module(f".{home}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

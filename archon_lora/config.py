@@ -28,6 +28,8 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 _INITS: Final = ("kaiming", "gaussian")
 _TRAIN_FIELDS: Final = ("use_lora", "lora_rank", "lora_alpha", "target_modules", "peft_type")
+_TRAIN_ALL: Final[tuple[Any, ...]] = ([], (), [ALL_LINEAR], (ALL_LINEAR,))
+"""Ways in which AReaL's configs say every linear layer: the field is a list of strings there."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ class LoRAConfig:
                 target_modules, peft_type``, or an object that has them among its attributes.
 
         Returns:
-            The settings, or None when ``use_lora`` is false. An empty ``target_modules`` means
-            every linear layer, as it does there.
+            The settings, or None when ``use_lora`` is false. An empty ``target_modules`` and
+            ``["all-linear"]`` mean every linear layer, as they do there.
 
         Raises:
             LoRAConfigError: a field is missing, unknown (mappings only) or cannot work.
@@ -161,7 +163,7 @@ class LoRAConfig:
         return cls(
             rank=_rank("lora_rank", values["lora_rank"]),
             alpha=_alpha("lora_alpha", values["lora_alpha"]),
-            target_modules=ALL_LINEAR if targets in (None, [], ()) else targets,
+            target_modules=ALL_LINEAR if targets is None or targets in _TRAIN_ALL else targets,
         )
 
     def to_peft(

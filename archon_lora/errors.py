@@ -12,6 +12,7 @@
     ├── UnmappedName         (KeyError)          a tensor that no name map covers
     ├── ModelLoadError       (ValueError)        a model directory that cannot be loaded
     ├── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
+    ├── TrainConfigError     (ValueError)        a setting of a training run
     ├── EngineNotReady       (RuntimeError)      a call that the engine's state does not allow
     └── NonFiniteGradient    (ArithmeticError)   NaN or infinity in the gradients
 """

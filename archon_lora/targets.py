@@ -16,6 +16,7 @@ from .errors import TargetError
 
 _HEADS = frozenset({"lm_head", "output"})
 _GATES = frozenset({"gate", "router", "shared_expert_gate"})
+_SHOWN = 20
 
 
 def selects(selector: str | Sequence[str], name: str) -> bool:
@@ -50,8 +51,8 @@ def match_targets(
         The chosen names, in the order given.
 
     Raises:
-        TargetError: nothing is chosen, or an entry of ``target_modules``, ``exclude_modules``,
-            ``rank_pattern`` or ``alpha_pattern`` is for no module.
+        TargetError: nothing is chosen, or entries of ``target_modules``, ``exclude_modules``,
+            ``rank_pattern`` or ``alpha_pattern`` are for no module; all of them are named.
     """
     everything = tuple(name for name in names if name)
     excluded = {
@@ -67,25 +68,28 @@ def match_targets(
     else:
         targeted = tuple(n for n in everything if selects(config.target_modules, n))
     chosen = tuple(n for n in targeted if n not in excluded)
-    _check_entries("exclude_modules", config.exclude_modules, everything, everything)
+    problems = _idle_entries("exclude_modules", config.exclude_modules, everything, everything)
     if config.target_modules != ALL_LINEAR:
-        _check_entries("target_modules", config.target_modules, everything, chosen)
+        problems += _idle_entries("target_modules", config.target_modules, everything, chosen)
+    if problems:
+        raise TargetError("; ".join(problems))
     if not chosen:
         msg = (
             f"target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r} selects no module"
         )
         raise TargetError(msg)
-    for setting, patterns in (
-        ("rank_pattern", config.rank_pattern),
-        ("alpha_pattern", config.alpha_pattern),
-    ):
-        for key in patterns:
-            if not any(pattern_matches(key, n) for n in chosen):
-                msg = (
-                    f"{setting} key {key!r} is for none of the adapted modules{_near(key, chosen)}"
-                )
-                raise TargetError(msg)
+    problems = [
+        f"{setting} key {key!r} is for none of the adapted modules{_near(key, chosen)}"
+        for setting, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        )
+        for key in patterns
+        if not any(pattern_matches(key, n) for n in chosen)
+    ]
+    if problems:
+        raise TargetError("; ".join(problems))
     return chosen
 
 
@@ -128,32 +132,53 @@ def target_names(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
     return sorted(wanted)
 
 
-def _check_entries(
+def _idle_entries(
     setting: str,
     selector: str | Sequence[str],
     everything: Sequence[str],
     chosen: Sequence[str],
-) -> None:
-    """Every entry must be for a module, and for one that was not excluded."""
+) -> list[str]:
+    """What is wrong with each entry that is for no module, or for excluded ones only."""
+    problems = []
     entries = ([selector] if selector else []) if isinstance(selector, str) else selector
     for entry in entries:
         one = entry if isinstance(selector, str) else [entry]
         if any(selects(one, name) for name in chosen):
             continue
         if any(selects(one, name) for name in everything):
-            msg = f"{setting} entry {entry!r} selects only modules that exclude_modules leaves out"
+            problems.append(
+                f"{setting} entry {entry!r} selects only modules that exclude_modules leaves out"
+            )
+        elif isinstance(selector, str):
+            problems.append(_unmatched_expression(setting, entry, everything))
         else:
-            msg = f"{setting} entry {entry!r} is for no module{_near(entry, everything)}"
-        raise TargetError(msg)
+            problems.append(f"{setting} entry {entry!r} is for no module{_near(entry, everything)}")
+    return problems
+
+
+def _unmatched_expression(setting: str, expression: str, names: Sequence[str]) -> str:
+    """A string is taken for a regular expression, which is often not what was meant."""
+    # The longest name: the outer modules come first and say least.
+    example = max(names, key=len, default="")
+    such = f", such as {example!r}" if example else ""
+    msg = (
+        f"{setting}={expression!r} is for no module: a string is a regular expression that must "
+        f"match a whole name{such}"
+    )
+    if any(selects([expression], name) for name in names):
+        msg += f"; give a list, [{expression!r}], for all modules whose names end so"
+    return msg
 
 
 def _near(entry: str, names: Sequence[str]) -> str:
-    """The names that were probably meant, or those that there are."""
+    """What is wanted: the names that were probably meant, or those that there are."""
     if entry.lower() == ALL_LINEAR:
         return f"; to adapt every linear layer give {ALL_LINEAR!r} as a string, not in a list"
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     meant = difflib.get_close_matches(entry.rpartition(".")[2], last, n=3, cutoff=0.5)
     if meant:
         return f"; did you mean {', '.join(map(repr, meant))}?"
-    there = [name for name in last if not name.isdigit()]
-    return f"; there are {', '.join(there[:20])}" if there else ""
+    # Numbers alone tell nothing, unless there is nothing else, as in an nn.Sequential.
+    there = [name for name in last if not name.isdigit()] or list(names)
+    more = ", ..." if len(there) > _SHOWN else ""
+    return f"; there are {', '.join(there[:_SHOWN])}{more}" if there else ""

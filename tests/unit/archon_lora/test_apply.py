@@ -21,6 +21,7 @@ from archon_lora import (
     TargetError,
     adapters_disabled,
     apply_lora,
+    errors,
     get_adapter_params,
     get_adapter_state_dict,
     initialise_adapters,
@@ -315,5 +316,13 @@ def test_compiled_model_toggles_between_two_graphs() -> None:
 def test_every_name_is_importable_from_the_package() -> None:
     for name in archon_lora.__all__:
         assert getattr(archon_lora, name).__module__.startswith("archon_lora.")
+        assert name in dir(archon_lora)
     with pytest.raises(AttributeError, match="no attribute 'gone'"):
         _ = archon_lora.gone
+
+
+def test_every_error_is_in_the_tree_and_exported() -> None:
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, errors.ArchonLoraError):
+            assert name in archon_lora.__all__
+            assert name in (errors.__doc__ or "")

@@ -126,9 +126,9 @@ def test_train_config_as_mapping_or_object(form) -> None:
     config = LoRAConfig.from_train_config(form(TRAIN))
     assert config == LoRAConfig(rank=8, alpha=16, target_modules=("q_proj",))
     assert LoRAConfig.from_train_config(form({**TRAIN, "use_lora": False})) is None
-    every = LoRAConfig.from_train_config(form({**TRAIN, "target_modules": []}))
-    assert every is not None
-    assert every.target_modules == "all-linear"
+    for targets in ([], None, ["all-linear"], ("all-linear",), "all-linear"):
+        every = LoRAConfig.from_train_config(form({**TRAIN, "target_modules": targets}))
+        assert every == LoRAConfig(rank=8, alpha=16, target_modules="all-linear")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_list_entries_match_a_name_or_its_end_after_a_dot() -> None:
 
 def test_a_regular_expression_must_match_the_whole_name() -> None:
     assert match(target_modules=r".*\.0\..*q_proj") == (LINEAR[0],)
-    with pytest.raises(TargetError, match="'q_proj' is for no module; did you mean 'q_proj'"):
+    with pytest.raises(TargetError, match=r"match a whole name, such as 'model.*\['q_proj'\]"):
         match(target_modules="q_proj")
 
 
@@ -73,6 +73,10 @@ def test_exclusions_win_in_both_forms() -> None:
         ),
         ({"target_modules": ["zzz"]}, "there are model, embed_tokens"),
         (
+            {"target_modules": r"layers\.\d+\.q_proj"},
+            "must match a whole name, such as 'model.layers.",
+        ),
+        (
             {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["up_proj"]},
             "entry 'up_proj' selects only modules that exclude_modules leaves out",
         ),
@@ -95,6 +99,19 @@ def test_entries_that_choose_nothing_are_named(settings: dict, message: str) -> 
     with pytest.raises(TargetError) as caught:
         match(**settings)
     assert message in str(caught.value)
+
+
+def test_all_entries_that_are_for_no_module_are_named_at_once() -> None:
+    with pytest.raises(TargetError) as caught:
+        match(target_modules=["qproj", "q_proj", "zzz"], exclude_modules=["v_proj"])
+    for entry in ("exclude_modules entry 'v_proj'", "target_modules entry 'qproj'", "'zzz'"):
+        assert f"{entry} is for no module; " in str(caught.value)
+    assert "'q_proj' is" not in str(caught.value)
+
+
+def test_names_that_are_numbers_are_shown_where_there_are_no_others() -> None:
+    with pytest.raises(TargetError, match=r"'q_proj' is for no module; there are 0, 1, 2$"):
+        match_targets(LoRAConfig(target_modules=["q_proj"]), ["0", "1", "2"], linear_names=["0"])
 
 
 def test_heads_by_convention() -> None:
