@@ -32,7 +32,7 @@ from .storage import Storage, open_storage
 FOUND: Final = 1
 USAGE: Final = 2
 STORAGE: Final = 3
-_PIPE_WIDTH: Final = 120
+_WIDTH: Final = 400
 
 
 class Dtype(StrEnum):
@@ -120,8 +120,9 @@ def write_json(document: Mapping[str, Any]) -> None:
 def output_console() -> Console:
     """Where tables go."""
     console = Console(highlight=False)
-    # Without a terminal rich assumes 80 columns and would cut names that a pipe has room for.
-    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+    # Rich cuts what a line has no room for, but a name must be whole to be copied, so a long line
+    # is left to the terminal to wrap. The longest name of a version has 100 characters.
+    return Console(highlight=False, width=max(console.width, _WIDTH))
 
 
 @contextlib.contextmanager

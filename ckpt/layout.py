@@ -87,6 +87,22 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
+def check_run_name(run: str) -> str:
+    """A run's name itself, if it is a safe one, also with the number of a version behind it.
+
+    Raises:
+        ConfigError: it is no safe name, or too long to name versions after.
+    """
+    longest = MAX_NAME - len(f"-v{MAX_VERSION}")
+    if len(check_name("run name", run)) > longest:
+        msg = (
+            f"run name must be at most {longest} characters long, which leaves room for the number "
+            f"of a version; got {len(run)}: {run!r}"
+        )
+        raise ConfigError(msg)
+    return run
+
+
 def check_attempt(attempt: str) -> str:
     """The attempt id itself, if it is one (4 to 64 lower-case letters and digits).
 
@@ -195,11 +211,11 @@ def version_name(run: str, number: int) -> str:
     """``run7-v00000042``: a published version, a name that is never used twice.
 
     Raises:
-        ConfigError: a bad run name or number, or a result longer than 100 characters.
+        ConfigError: a bad run name or number.
     """
-    check_name("run name", run)
+    check_run_name(run)
     _number("version number", number, 0, MAX_VERSION)
-    return check_name("version name", f"{run}-v{number:08d}")
+    return f"{run}-v{number:08d}"
 
 
 def parse_version_name(name: str) -> tuple[str, int] | None:

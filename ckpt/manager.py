@@ -19,7 +19,7 @@ from .catalog import list_steps
 from .errors import CkptError, ConfigError, StepExists
 from .handle import SaveHandle
 from .job import Job, encode_values
-from .layout import check_name, check_step
+from .layout import check_run_name, check_step
 from .manifest import check_metrics
 from .planner import Planner
 from .rendezvous import join
@@ -92,7 +92,7 @@ class CheckpointManager:
         if not vote_timeout > 0:
             msg = f"vote_timeout must be a positive number of seconds, got {vote_timeout!r}"
             raise ConfigError(msg)
-        name = check_name("run name", DEFAULT_RUN if run_name is None else run_name)
+        name = check_run_name(DEFAULT_RUN if run_name is None else run_name)
         self._storage: Storage = open_storage(root, storage_options)
         self._ranks = join(process_group, vote_timeout)
         rank, world = self._ranks.rank, self._ranks.world

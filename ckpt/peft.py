@@ -151,8 +151,11 @@ def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
         ValueError,
         zipfile.BadZipFile,
     ) as error:
-        first = str(error).partition("\n")[0]
-        msg = f"{path.resolve()} is not a plain dictionary of tensors: {first}"
+        # Torch's own text tells the reader to load the file without weights_only.
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or asks for other classes; convert it to safetensors"
+        msg = f"{path.resolve()} is not a plain dictionary of tensors: {reason}"
         raise DamagedError(msg) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
@@ -337,7 +340,7 @@ def _replaceable(storage: Storage, name: str, overwrite: bool, shown: str) -> bo
     if not present and not (storage.has_rename and _is_local_dir(storage, name)):
         return False
     if not overwrite:
-        raise AlreadyExists(f"{shown} exists already; choose another name, or ask for overwrite")
+        raise AlreadyExists(f"{shown} exists already; choose another name, or set overwrite")
     foreign = [entry.name for entry in present if entry.is_dir or entry.name not in _OWN_FILES]
     if foreign:
         msg = f"{shown} is not replaced: {foreign[0]!r} in it is no part of an adapter"

@@ -11,7 +11,7 @@ from typing import Any
 
 from .commit import newest_epoch
 from .errors import ConfigError
-from .layout import check_name, new_attempt
+from .layout import check_run_name, new_attempt
 from .manifest import VersionManifest
 from .peft import local_directory, read_adapter
 from .publish import publish_version
@@ -49,7 +49,7 @@ def import_adapter(
         PublishError: the adapter is not one that engines load; names the cause.
         StorageError: the store failed.
     """
-    check_name("run name", run)
+    check_run_name(run)
     directory = local_directory(source)
     if directory is None:
         raise ConfigError(f"{source} is a URL; copy the PEFT directory to this machine first")

@@ -23,7 +23,7 @@ from .layout import (
     MANIFEST,
     MAX_VERSION,
     WRITERS,
-    check_name,
+    check_run_name,
     claim_path,
     new_attempt,
     parse_claim,
@@ -82,7 +82,7 @@ def publish_version(
         PublishError: anything else; names the version and the cause. No version exists then,
             unless the cause is :class:`CommitUnknown`: :func:`read_version` settles that.
     """
-    check_name("run name", run)
+    check_run_name(run)
     claimed: str | None = None
     try:
         plan = plan_adapter(export, source.records, dtype)

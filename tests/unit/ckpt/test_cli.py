@@ -78,6 +78,17 @@ class TestLs:
         assert ["20", "1", "abandoned"] in [line[:3] for line in lines]
         assert ["run7-v00000001", "committed", "3", "3", "bfloat16"] in [x[:5] for x in lines]
 
+    def test_names_are_whole_on_a_narrow_terminal(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # takes the output for a terminal
+        monkeypatch.setenv("COLUMNS", "40")
+        run = "a-run-" + "x" * 84
+        publish(str(tmp_path), run, 7)
+        result = ckpt("ls", tmp_path)
+        assert f"{run}-v00000001" in result.stdout
+        assert "bfloat16" in result.stdout
+
     def test_json(self, root: Path) -> None:
         shown = ckpt_json("ls", root)
         assert shown["url"] == str(root)
@@ -251,7 +262,7 @@ class TestExport:
         assert ckpt("export", root, tmp_path / "out").exit_code == 0
         again = ckpt("export", root, tmp_path / "out")
         assert again.exit_code == 2
-        assert "exists already; choose another name, or ask for overwrite" in again.stderr
+        assert "exists already; choose another name, or set overwrite" in again.stderr
         assert ckpt("export", root, tmp_path / "out", "--overwrite", "--step", 10).exit_code == 0
 
     def test_damage_ends_with_1_and_leaves_nothing(self, root: Path, tmp_path: Path) -> None:

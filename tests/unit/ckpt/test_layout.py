@@ -88,7 +88,7 @@ def test_a_run_name_is_checked(run: object) -> None:
 
 def test_a_version_name_may_not_grow_too_long() -> None:
     assert len(layout.version_name("a" * 90, 1)) == 100
-    with pytest.raises(ConfigError, match="version name must be"):
+    with pytest.raises(ConfigError, match="run name must be at most 90 characters"):
         layout.version_name("a" * 91, 1)
 
 

@@ -532,7 +532,12 @@ def test_what_the_callback_raises_surfaces(tmp_path):
 
 
 def test_arguments_are_checked(tmp_path):
-    for bad in ({"run_name": "a/b"}, {"vote_timeout": 0}, {"when_busy": "never"}):
+    for bad in (
+        {"run_name": "a/b"},
+        {"run_name": "a" * 91},  # refused now, not at the first publish
+        {"vote_timeout": 0},
+        {"when_busy": "never"},
+    ):
         with pytest.raises(ConfigError):
             CheckpointManager(tmp_path, **bad)
     with CheckpointManager(tmp_path) as manager:

@@ -340,6 +340,17 @@ class TestRead:
             read_adapter(tmp_path)
         assert not (tmp_path / "owned").exists()
 
+    def test_a_refused_legacy_file_comes_without_advice_to_run_it(self, tmp_path: Path) -> None:
+        class Stranger:
+            def __reduce__(self):
+                return (print, ("x",))
+
+        torch.save({A: Stranger()}, tmp_path / LEGACY_WEIGHTS_NAME)
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+        with pytest.raises(DamagedError, match="convert it to safetensors") as caught:
+            read_adapter(tmp_path)
+        assert "weights_only" not in str(caught.value)
+
     @pytest.mark.parametrize("content", [[torch.ones(1)], {A: 3}, {3: torch.ones(1)}])
     def test_a_legacy_file_with_other_content(self, tmp_path: Path, content: object) -> None:
         torch.save(content, tmp_path / LEGACY_WEIGHTS_NAME)
