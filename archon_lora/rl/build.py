@@ -13,7 +13,7 @@ from archon_lora.apply import apply_lora
 from archon_lora.config import LoRAConfig
 from archon_lora.engine import ArchonEngine, EngineConfig, OptimizerConfig
 from archon_lora.engine.build import DTYPES
-from archon_lora.errors import ModelLoadError, TrainConfigError
+from archon_lora.errors import LoRAConfigError, ModelLoadError, TrainConfigError
 from archon_lora.models import load_pretrained
 from archon_lora.models.hf_files import read_config
 from archon_lora.rl.config import TrainConfig
@@ -73,15 +73,48 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
         LoRAConfigError: a value that cannot work.
     """
     section = config.lora
-    return LoRAConfig(
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        target_modules=section.target_modules,
-        exclude_modules=section.exclude_modules,
-        use_rslora=section.use_rslora,
-        seed=config.run.seed,
-    )
+    try:
+        return LoRAConfig(
+            rank=section.rank,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            target_modules=section.target_modules,
+            exclude_modules=section.exclude_modules,
+            use_rslora=section.use_rslora,
+            seed=config.run.seed,
+        )
+    except LoRAConfigError as err:
+        msg = f"lora.{err}"  # its messages begin with the name of the setting
+        raise LoRAConfigError(msg) from err
+
+
+def optimizer_config(config: TrainConfig) -> OptimizerConfig:
+    """The optimizer's settings.
+
+    Raises:
+        TrainConfigError: a value that cannot work.
+    """
+    section, steps = config.optimizer, config.run.steps
+    if section.schedule != "constant" and steps <= section.warmup_steps:
+        msg = (
+            f"run.steps must be above optimizer.warmup_steps ({section.warmup_steps}) with "
+            f"optimizer.schedule={section.schedule!r}, got {steps}"
+        )
+        raise TrainConfigError(msg)
+    try:
+        return OptimizerConfig(
+            lr=section.lr,
+            betas=(section.betas[0], section.betas[1]),
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            grad_clip=section.grad_clip,
+            schedule=section.schedule,
+            warmup_steps=section.warmup_steps,
+            total_steps=steps if section.schedule != "constant" else None,
+        )
+    except ValueError as err:
+        msg = f"optimizer.{err}"  # its messages begin with the name of the setting
+        raise TrainConfigError(msg) from err
 
 
 def build_engine(config: TrainConfig) -> ArchonEngine:
@@ -91,8 +124,7 @@ def build_engine(config: TrainConfig) -> ArchonEngine:
         TrainConfigError: optimizer or engine settings that cannot work.
         LoRAConfigError: adapter settings that cannot work.
     """
-    section = config.optimizer
-    lora = lora_config(config)
+    lora, optimizer = lora_config(config), optimizer_config(config)
     try:
         return ArchonEngine(
             EngineConfig(
@@ -101,16 +133,7 @@ def build_engine(config: TrainConfig) -> ArchonEngine:
                 dtype=config.model.dtype,
                 device=config.model.device,
                 lora=lora,
-                optimizer=OptimizerConfig(
-                    lr=section.lr,
-                    betas=(section.betas[0], section.betas[1]),
-                    eps=section.eps,
-                    weight_decay=section.weight_decay,
-                    grad_clip=section.grad_clip,
-                    schedule=section.schedule,
-                    warmup_steps=section.warmup_steps,
-                    total_steps=config.run.steps if section.schedule != "constant" else None,
-                ),
+                optimizer=optimizer,
                 micro_batches=config.optimizer.micro_batches,
                 seed=config.run.seed,
                 temperature=config.rollout.temperature,
@@ -118,7 +141,7 @@ def build_engine(config: TrainConfig) -> ArchonEngine:
             )
         )
     except ValueError as err:
-        msg = f"[model] or [optimizer]: {err}"
+        msg = f"the engine's settings cannot work: {err}"
         raise TrainConfigError(msg) from err
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class RolloutQueue:
         Args:
             make: called on the worker alone.
             max_staleness: steps by which a batch's policy may lag behind the trainer's.
-            timeout: seconds that :meth:`take` waits.
+            timeout: seconds that :meth:`take` and :meth:`close` wait.
         """
         self._make = make
         self._max_staleness = max_staleness
@@ -176,11 +176,22 @@ class RolloutQueue:
         Raises:
             TimeoutError: it was not ready in time.
         """
-        return self._pending.pop(step).result(timeout=self._timeout)
+        made = self._pending[step]
+        wait([made], timeout=self._timeout)
+        if not made.done():
+            msg = (
+                f"this rank's share of batch {step} was not sampled within {self._timeout:g} s; "
+                "raise run.timeout_s, or lower rollout.max_new_tokens or prompts_per_step"
+            )
+            raise TimeoutError(msg)
+        del self._pending[step]
+        return made.result()
 
     def close(self) -> None:
-        """Drop what has not begun and end the worker."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Drop what has not begun and wait, not for ever, for what has."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        begun = [made for made in self._pending.values() if not made.cancelled()]
+        wait(begun, timeout=self._timeout)
 
 
 def merge(shares: Sequence[Batch]) -> Batch:

@@ -247,22 +247,27 @@ def test_a_failure_in_the_worker_reaches_the_trainer(queue_of):
         queue.take(0)
 
 
-def test_a_late_batch_is_an_error_and_closing_drops_the_rest(queue_of):
-    gate = threading.Event()
+def test_a_late_batch_is_an_error_and_closing_does_not_wait_for_ever(queue_of):
+    begun, gate = threading.Event(), threading.Event()
 
     def make(step, version, first, adapter):
-        gate.wait(10)
+        begun.set()
+        assert gate.wait(60)
         return Batch(step=step, version=version, samples=())
 
     queue = queue_of(make, max_staleness=3, timeout=0.05)
     queue.launch(0, 0, 0, {})
     queue.launch(1, 0, 0, {})
-    with pytest.raises(TimeoutError):
+    assert begun.wait(60)
+    with pytest.raises(TimeoutError, match=r"batch 0 was not sampled within 0\.05 s; raise run\."):
         queue.take(0)
-    waiting = queue._pending[1]
-    gate_closer = threading.Timer(0.05, gate.set)
-    gate_closer.start()
-    queue.close()
-    gate_closer.join()
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    closing.join(30)  # the worker is still held: only the deadline can end this
+    still_closing = closing.is_alive()
+    gate.set()
+    closing.join()
+    assert not still_closing
+    assert queue.pending() == [0, 1]
     with pytest.raises(CancelledError):
-        waiting.result(timeout=1)
+        queue.take(1)
