@@ -64,13 +64,11 @@ def load(engine: ArchonEngine, meta: SaveLoadMeta) -> None:
         NoCheckpoint: there is no resumable checkpoint.
         Exception: what the parts raise; see their functions.
     """
-    if engine.lora_config is None and (Path(meta.path) / _ADAPTER_CONFIG).is_file():
-        msg = (
-            f"{Path(meta.path).absolute()} holds a LoRA adapter, but LoRA is not enabled on this "
-            "engine: set use_lora=true (EngineConfig(lora=LoRAConfig(...))), or set path to a "
-            "whole model"
-        )
-        raise LoRANotEnabled(msg)
+    if engine.lora_config is None:
+        # Agreed on: the directory may be there on some hosts only.
+        what = f"looking at {Path(meta.path).absolute()}"
+        with attempt(engine.cpu_group, what=what, timeout=deadline_of(engine)):
+            _refuse_adapter(Path(meta.path))
     if meta.weight_format == "dcp" or meta.with_optim:
         load_train_state(engine, meta.path, with_optim=meta.with_optim)
     elif engine.lora_config is not None:
@@ -81,6 +79,15 @@ def load(engine: ArchonEngine, meta: SaveLoadMeta) -> None:
         from .full_checkpoint import load_full_model
 
         load_full_model(engine, meta.path)
+
+
+def _refuse_adapter(path: Path) -> None:
+    if (path / _ADAPTER_CONFIG).is_file():
+        msg = (
+            f"{path.absolute()} holds a LoRA adapter, but LoRA is not enabled on this engine: set "
+            "use_lora=true (EngineConfig(lora=LoRAConfig(...))), or set path to a whole model"
+        )
+        raise LoRANotEnabled(msg)
 
 
 def _save_weights(engine: ArchonEngine, meta: SaveLoadMeta) -> None:

@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from ckpt import CheckpointManager
-from ckpt.errors import NoCheckpoint
+from ckpt.errors import NoCheckpoint, StateError
 from ckpt.storage import open_storage
 
 from .agree import agree, attempt, deadline_of, gather_json, rank_of
@@ -80,7 +80,12 @@ def load_train_state(engine: ArchonEngine, path: str, *, with_optim: bool) -> No
     for number in reversed(train_state_numbers(engine, path)):
         with CheckpointManager(_root(path, number), process_group=engine.cpu_group) as manager:
             state = engine.train_state(**_parts(with_optim=with_optim))
-            if manager.restore(state) is not None:
+            try:
+                restored = manager.restore(state)
+            except StateError as error:
+                msg = f"{error} (with_optim={with_optim} here must be as it was for save())"
+                raise StateError(msg) from error
+            if restored is not None:
                 return
     msg = (
         f"no resumable checkpoint below {path}/{FOLDER}: it is written by save() with "
