@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ from ckpt.types import TensorRecord
 
 from .state_document import entries_of
 from .target import Target
-
-logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 
@@ -79,6 +76,7 @@ class Reader(StorageReader):
         url: what the writer was given, or the root of a run. A ``checkpoint_id`` in the call
             replaces it and keeps everything else.
         step: number of the step of a run; the newest that is whole if None.
+        cast: convert values to the dtype of the live tensor; otherwise another one is refused.
         storage_options: for fsspec (never stored or logged).
 
     Raises:
@@ -90,10 +88,12 @@ class Reader(StorageReader):
         url: str | os.PathLike[str],
         *,
         step: int | None = None,
+        cast: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._target = Target(url, storage_options)
+        self._cast = cast
         self._step = None if step is None else check_step(step)
         self._found: Found | None = None
         self._error: CkptError | None = None
@@ -190,7 +190,8 @@ class Reader(StorageReader):
         """Hand the verified values to the planner.
 
         Raises:
-            StateError: a live tensor has another shape than the part that is to fill it.
+            StateError: a live tensor has another shape or (without ``cast``) dtype than the
+                part that is to fill it.
         """
         found = self._step_found()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
@@ -235,7 +236,7 @@ class Reader(StorageReader):
         return dict(zip(wanted, values, strict=True))
 
     def _check_targets(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> None:
-        cast = []
+        others = []
         for item, target in zip(items, targets, strict=True):
             value = self._staged[item]
             name = item.dest_index.fqn
@@ -246,15 +247,14 @@ class Reader(StorageReader):
                 )
                 raise StateError(msg)
             if value.dtype != target.dtype:
-                cast.append(f"{name} ({value.dtype} to {target.dtype})")
-        if cast:
-            more = f" and {len(cast) - _SHOWN} more" if len(cast) > _SHOWN else ""
-            logger.warning(
-                "%s: values are converted to the live dtype: %s%s",
-                self.checkpoint_id,
-                ", ".join(cast[:_SHOWN]),
-                more,
+                others.append(f"{name} is {value.dtype}, the live tensor {target.dtype}")
+        if others and not self._cast:
+            more = f" (and {len(others) - _SHOWN} more)" if len(others) > _SHOWN else ""
+            msg = (
+                f"{self.checkpoint_id}: {'; '.join(others[:_SHOWN])}{more}; nothing was changed on "
+                "this rank. Reader(url, cast=True) converts"
             )
+            raise StateError(msg)
 
 
 def _find(storage: Storage, step: int | None) -> Found:
