@@ -32,7 +32,7 @@ from ckpt.errors import (
     StateError,
     StorageError,
 )
-from ckpt.layout import STATE
+from ckpt.layout import MANIFEST, STATE
 from ckpt.peft import write_adapter_dir
 from ckpt.peft_import import import_adapter
 from ckpt.state import decode_state
@@ -313,13 +313,27 @@ def test_a_root_with_steps_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_failed_import_leaves_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = stock.save(stock.state_dict(*stock.model_and_optimizer()), tmp_path / "stock")
+    steps = tmp_path / "root" / "steps"
     shard = source / "__0_0.distcp"
     good = shard.read_bytes()
     shard.write_bytes(good[:-3000])
     with pytest.raises(CkptError):
         import_checkpoint(str(source), str(tmp_path / "root"))
-    assert list((tmp_path / "root").rglob("*.safetensors")) == []
+    assert list(steps.rglob("*")) == []
+
     shard.write_bytes(good)
+    put = PosixStorage.put
+
+    def full(self: PosixStorage, path: str, data: Any) -> None:
+        if path.endswith(MANIFEST):  # the shard and the state are written by then
+            raise StorageError("no space")
+        put(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PosixStorage, "put", full)
+        with pytest.raises(StorageError, match="no space"):
+            import_checkpoint(str(source), str(tmp_path / "root"))
+    assert list(steps.rglob("*")) == []
     import_checkpoint(str(source), str(tmp_path / "root"))
 
 
