@@ -1,6 +1,7 @@
 """``archon-lora``: train, make a tiny model, run the demonstration.
 
-Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting or argument.
+Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting or argument,
+143 a SIGTERM ended the training after its last step was committed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from ckpt.errors import CkptError, ConfigError, UnrestoredRoot
 
 USAGE = 2
 FAILED = 1
+PREEMPTED = 128 + signal.SIGTERM
+"""What a shell reports for a process that SIGTERM ended; here the work is saved as well."""
 _PIPE_WIDTH = 140
 
 _SETTINGS_ERRORS = (
@@ -65,7 +68,11 @@ def train(
     from archon_lora.rl.loop import run_training
 
     logging.basicConfig(format=f"archon-lora{_rank_note()}: %(message)s", level=logging.WARNING)
-    run_training(load_config(config, overrides or ()))
+    stopped = run_training(load_config(config, overrides or ()))
+    if stopped is not None:
+        note = f"step {stopped} is committed; the same command goes on from it"
+        sys.stderr.write(f"archon-lora{_rank_note()}: stopped by a signal: {note}\n")
+        raise typer.Exit(PREEMPTED)
 
 
 @app.command("make-tiny")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 from .arena import Arena
@@ -117,6 +118,15 @@ class Background:
             msg = f"{len(pending)} save(s) still under way after {timeout:g} s"
             raise VoteTimeout(msg)
         self.raise_pending()
+
+    @contextmanager
+    def errors_kept(self) -> Iterator[None]:
+        """Work on although something failed before; the first call afterwards raises that."""
+        earlier, self._errors = self._errors, []
+        try:
+            yield
+        finally:
+            self._errors = earlier + self._errors
 
     def finish(self) -> None:
         """Let everything run to its end; nothing may be submitted any more."""

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import logging
-import time
+import signal
 from collections.abc import Callable, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, get_args
 
-import torch
 import torch.distributed as dist
 
-from .arena import local_tensor
 from .background import Background
 from .busy import BusyRule, WhenBusy
 from .catalog import list_steps
-from .errors import CkptError, ConfigError, StepExists
+from .errors import CkptError, ConfigError, VoteTimeout
 from .handle import SaveHandle
-from .job import Job, encode_values
 from .layout import check_run_name, check_step
 from .manifest import check_metrics
 from .planner import Planner
+from .preempt import DEADLINE_S, Preemption
 from .rendezvous import join
 from .restore import RestoreReport, restore
 from .retain import Keeper
-from .save import EchoError, SavePipeline
+from .save import SavePipeline
+from .staging import Staging
 from .storage import Storage, open_storage
 from .train_state import TrainState
-from .types import MODEL_PREFIX, Retention, SaveMetrics
+from .types import Retention, SaveMetrics
 from .vote import Board
 
 logger = logging.getLogger(__name__)
@@ -112,12 +111,17 @@ class CheckpointManager:
             nonce=self._ranks.nonce,
             traffic=lambda: self._storage.traffic,
             on_metrics=on_metrics,
-            lost=lambda job: self._taken.discard(job.step or 0),
+            lost=lambda job: self._staging.taken.discard(job.step or 0),
         )
-        self._busy = BusyRule(self._board, when_busy)
+        self._staging = Staging(
+            self._planner,
+            self._work,
+            BusyRule(self._board, when_busy),
+            nonce=self._ranks.nonce,
+            patience=2 * RESTORE_PATIENCE * vote_timeout,
+        )
+        self._preemption = Preemption(self._board)
         self._vote_timeout = vote_timeout
-        self._taken: set[int] = set()
-        self._seq = 0
         self._restores = 0
         self._report: RestoreReport | None = None
         self._closed = False
@@ -156,7 +160,8 @@ class CheckpointManager:
         """
         check_step(step)
         values = check_metrics(metrics or {})
-        return self._start(step, state, resumable=True, publish=publish, values=values)
+        self._require_open()
+        return self._staging.start(step, state, resumable=True, publish=publish, values=values)
 
     def publish(self, state: TrainState, *, step: int | None = None) -> SaveHandle:
         """Publish the adapter as a new version, without a resumable step.
@@ -173,7 +178,87 @@ class CheckpointManager:
         """
         if step is not None:
             check_step(step)
-        return self._start(step, state, resumable=False, publish=True)
+        self._require_open()
+        return self._staging.start(step, state, resumable=False, publish=True)
+
+    def save_on_signal(
+        self, *signals: signal.Signals, deadline: float = DEADLINE_S
+    ) -> Callable[[], None]:
+        """Have signals ask for one last save; they no longer end the process by themselves.
+
+        A handler only notes the moment. The loop asks :meth:`preempted` after every step, on
+        every rank, and calls :meth:`last_save`.
+
+        Args:
+            signals: which ones; SIGTERM by default.
+            deadline: seconds from the signal by which the last save must have been committed.
+
+        Returns:
+            Puts the handlers back that were there before; :meth:`close` does so too.
+
+        Raises:
+            ConfigError: not on the main thread, a signal that cannot be handled, or a deadline
+                that is not positive.
+        """
+        self._preemption.install(signals or (signal.SIGTERM,), deadline)
+        return self._preemption.release
+
+    def request_stop(self) -> None:
+        """Ask for the last save from code, e.g. when a host's notice is polled; any thread."""
+        self._preemption.request()
+
+    def preempted(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all ranks.
+
+        Every rank asks at the same point of its loop. Costs one round trip to the ranks' store,
+        and waits there for the slowest rank; on a single rank it costs nothing.
+
+        Raises:
+            SaveAborted: a rank is gone or did not ask in time.
+        """
+        self._require_open()
+        return self._preemption.agreed()
+
+    def last_save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        publish: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveHandle | None:
+        """Save once more and wait until it is committed, within the deadline; on every rank.
+
+        An error of an earlier save does not stand in the way; the next call raises it. Neither
+        does ``when_busy``. A step that is saved already is waited for.
+
+        Returns:
+            The handle, or None if the step had been saved before.
+
+        Raises:
+            VoteTimeout: not committed when the deadline was reached. It may still be, but
+                :meth:`close` would wait for it: leave the process instead.
+            CkptError: the save failed.
+        """
+        check_step(step)
+        values = check_metrics(metrics or {})
+        self._require_open()
+        with self._work.errors_kept():
+            if step in self._staging.taken:
+                self._work.wait(self._preemption.left())
+                return None
+            patience = self._preemption.left()
+            handle = self._staging.start(
+                step, state, resumable=True, publish=publish, values=values, patience=patience
+            )
+            try:
+                handle.wait(self._preemption.left())
+            except TimeoutError as error:
+                if isinstance(error, CkptError):
+                    raise
+                msg = f"the last save, step {step}, was not committed before the deadline"
+                raise VoteTimeout(msg) from error
+        return handle
 
     def restore(
         self, state: TrainState, *, step: int | None = None, strict: bool = True
@@ -204,7 +289,7 @@ class CheckpointManager:
         report = restore(self._storage, self._restore_board, topic, state, step=step, strict=strict)
         self._report = report
         self._planner.restored(report)
-        self._taken.clear()
+        self._staging.taken.clear()
         return report.step
 
     def wait(self, timeout: float | None = None) -> None:
@@ -225,6 +310,7 @@ class CheckpointManager:
         if self._closed:
             return
         self._closed = True
+        self._preemption.release()
         self._work.finish()
         self._board.farewell(min(self._vote_timeout, FAREWELL_SECONDS))
         self._ranks.release()
@@ -252,119 +338,6 @@ class CheckpointManager:
             if error is None:
                 raise
             error.add_note(f"the checkpoint manager also failed: {problem}")
-
-    def _start(
-        self,
-        step: int | None,
-        state: TrainState,
-        *,
-        resumable: bool,
-        publish: bool,
-        values: Mapping[str, float] | None = None,
-    ) -> SaveHandle:
-        """The caller's half of a save: plan if need be, copy, hand over."""
-        self._require_open()
-        started = time.perf_counter()
-        seq = self._seq
-        self._seq += 1
-        try:
-            self._work.raise_pending()
-        except Exception as error:
-            # Every rank knows this error; the others must not wait for this save.
-            self._busy.refuse(seq, error)
-            self._work.refuse(seq, error, echo=True)
-            raise
-        try:
-            left_out = self._give_way(seq, step, resumable=resumable)
-            if left_out is not None:
-                return left_out
-            job = self._stage(seq, step, state, resumable, publish, started)
-            job.metrics = values or {}
-        except Exception as error:
-            self._work.refuse(seq, error, echo=False)
-            raise
-        self._work.submit(job)
-        return job.handle
-
-    def _give_way(self, seq: int, step: int | None, *, resumable: bool) -> SaveHandle | None:
-        """Apply ``when_busy``; the handle of this save if it is not to take place."""
-        arena = self._planner.arena(resumable=resumable)
-        left_out = SaveHandle(step, SaveMetrics(step=step, queue_depth=self._work.depth))
-        try:
-            choice = self._busy.choose(seq, free=arena is None or arena.available())
-        except EchoError as error:
-            left_out.refuse(error)  # its cause is raised by this rank's next call
-            return left_out
-        if choice == "skip":
-            self._work.skipped(left_out)
-            return left_out
-        if choice == "drop" and arena is not None:
-            self._work.drop_last(arena)
-        return None
-
-    def _stage(
-        self,
-        seq: int,
-        step: int | None,
-        state: TrainState,
-        resumable: bool,
-        publish: bool,
-        started: float,
-    ) -> Job:
-        if resumable and step in self._taken:
-            msg = f"step {step} was saved already by this writer; committed steps are immutable"
-            raise StepExists(msg)
-        export = state.export()
-        if publish and export is None:
-            msg = (
-                "publishing needs to know how the PEFT adapter is made: use apply_lora(), whose "
-                "models bring it along, or TrainState(export=...)"
-            )
-            raise ConfigError(msg)
-        live = state.live()
-        tensors = live.tensors
-        if not resumable:
-            tensors = {n: t for n, t in tensors.items() if n.startswith(MODEL_PREFIX)}
-        cached, planned, epoch = self._planner.layout(seq, step, tensors, resumable=resumable)
-        shared, mine = encode_values(state, live, resumable=resumable)
-        slot = cached.arena.acquire(2 * RESTORE_PATIENCE * self._vote_timeout)
-        try:
-            if slot is not None:
-                with torch.no_grad():
-                    sources = [local_tensor(tensors[p.name]) for p in cached.layout.mine]
-                    slot.fill(sources, cached.stream)
-                    slot.order_after_copy()
-        except BaseException:
-            cached.arena.release(slot)
-            raise
-        nbytes = 0 if slot is None else slot.nbytes
-        metrics = SaveMetrics(step=step, stage_bytes=nbytes, planned=planned)
-        metrics.queue_depth = self._work.depth
-        handle = SaveHandle(step, metrics)
-        if cached.stream is None:
-            handle.staged.set_result(None)
-        if resumable and step is not None:
-            self._taken.add(step)
-        metrics.stall_ms = 1e3 * (time.perf_counter() - started)
-        return Job(
-            seq=seq,
-            step=step,
-            resumable=resumable,
-            publish=publish,
-            planned=planned,
-            attempt=f"{self._ranks.nonce}{seq:08d}",
-            epoch=epoch,
-            layout=cached.layout,
-            arena=cached.arena,
-            slot=slot,
-            shared=shared,
-            mine=mine,
-            export=export,
-            base=state.base,
-            policy_version=state.policy_version,
-            handle=handle,
-            started=started,
-        )
 
     def _require_open(self) -> None:
         if self._closed:

@@ -246,6 +246,7 @@ class CheckpointSection:
         storage_options: passed to fsspec, a table of its own; credentials are better left to
             the environment.
         vote_timeout_s: deadline in seconds for the ranks' agreement on a commit.
+        preempt_deadline_s: seconds from a SIGTERM by which the last save must be committed.
         fresh: start over although the root holds steps.
     """
 
@@ -258,6 +259,7 @@ class CheckpointSection:
     keep_versions: int = 0
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     vote_timeout_s: float = 60.0
+    preempt_deadline_s: float = 25.0
     fresh: bool = False
 
     def __post_init__(self) -> None:
@@ -267,13 +269,9 @@ class CheckpointSection:
             value = getattr(self, key)
             _need("checkpoint", key=key, value=value, ok=value >= 0, wanted="at least 0")
         _need("checkpoint", key="root", value=self.root, ok=bool(self.root), wanted="a path or URL")
-        _need(
-            "checkpoint",
-            key="vote_timeout_s",
-            value=self.vote_timeout_s,
-            ok=self.vote_timeout_s > 0,
-            wanted="> 0",
-        )
+        for key in ("vote_timeout_s", "preempt_deadline_s"):
+            value = getattr(self, key)
+            _need("checkpoint", key=key, value=value, ok=value > 0, wanted="> 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -47,10 +48,15 @@ _LAST_COMMITS_S = 5.0
 """Seconds that a failed run gives to the commits that are under way."""
 
 
-def run_training(config: TrainConfig) -> None:
+def run_training(config: TrainConfig) -> int | None:
     """Train up to ``config.run.steps``, from the newest checkpoint or from the start.
 
-    Takes part in the process group of a launcher (``torchrun``), or makes one of its own.
+    Takes part in the process group of a launcher (``torchrun``), or makes one of its own. A
+    SIGTERM to any rank lets all of them finish the step, save it, and return.
+
+    Returns:
+        None when the run is complete, or the step after which a SIGTERM ended it; that step is
+        committed.
 
     Raises:
         TrainConfigError: a setting that cannot work, or one that may not change on a resume.
@@ -74,9 +80,11 @@ def run_training(config: TrainConfig) -> None:
         stack.callback(engine.close)
         run = Run(config, engine, build_manager(config))
         stack.callback(run.queue.close)
+        deadline = config.checkpoint.preempt_deadline_s
+        stack.callback(run.manager.save_on_signal(signal.SIGTERM, deadline=deadline))
         try:
             run.restore()
-            run.train()
+            return run.train()
         except Exception as error:
             run.abandon(error)
             raise
@@ -185,11 +193,16 @@ class Run:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Run every step that is left, then wait for the last commit."""
+    def train(self) -> int | None:
+        """Run every step that is left, then wait for the last commit.
+
+        Returns:
+            None, or the step after which a signal ended it.
+        """
         start = 0 if self.restored is None else self.restored + 1
         total = self.config.run.steps
         first = self.engine.rank == 0
+        stopped: int | None = None
         start_record = self._start_record(start)
         with ExitStack() as stack:
             display = stack.enter_context(ProgressDisplay(total=total, start=start, enabled=first))
@@ -203,9 +216,16 @@ class Run:
                 if writer is not None:
                     writer.write(record)
                     display.step(record)
+                if step + 1 < total and self.manager.preempted():
+                    # Not a try for the next step: its cadence may save nothing for a long time.
+                    self.manager.last_save(step, self.state)
+                    stopped = step
+                    break
             self.manager.close()
             if writer is not None:
-                writer.write({"event": "end", "version": self.version})
+                event = "end" if stopped is None else "preempted"
+                writer.write({"event": event, "version": self.version})
+        return stopped
 
     def step(self, step: int) -> dict[str, Any]:
         """Generate ahead, train, save; returns the metrics."""

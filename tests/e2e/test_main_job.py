@@ -136,6 +136,36 @@ def test_the_other_rank_of_a_dead_one_ends_by_itself(tmp_path, victim):
     assert max(read_metrics(metrics)) == last + 2
 
 
+@pytest.mark.dist
+def test_a_sigterm_to_one_rank_saves_and_ends_both(tmp_path):
+    model = write_tiny_qwen2(tmp_path / "m", hidden=32, layers=1, std=0.1)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'[run]\nsteps = 100000\ntimeout_s = 30\nmetrics = "{tmp_path / "m.jsonl"}"\n'
+        f'[model]\npath = "{model}"\n[checkpoint]\nroot = "{tmp_path / "root"}"\n'
+        "save_every = 90000\nvote_timeout_s = 30\npreempt_deadline_s = 60.0\n"
+    )
+    ranks = start_ranks(config, 2, tmp_path)
+    try:
+        metrics = tmp_path / "m.jsonl"
+        ranks[0].until(lambda: metrics.exists() and 2 in read_metrics(metrics), 90, "step 2")
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        assert [child.wait(90) for child in ranks] == [143, 143]
+    finally:
+        for child in ranks:
+            child.stop()
+    last = max(read_metrics(metrics))
+    for rank, child in enumerate(ranks):
+        said = f"archon-lora [rank {rank}]: stopped by a signal: step {last} is committed"
+        assert said in child.tail()
+    assert [event["version"] for event in read_events(metrics, "preempted")] == [last + 1]
+    # The cadence would have saved nothing yet; the run goes on after the very last step.
+    (alone,) = start_ranks(config, 1, tmp_path, run__steps=last + 2)
+    with alone:
+        alone.succeed(90)
+    assert read_events(metrics, "start")[-1]["restored"] == last
+
+
 def test_the_example_trains_as_printed(tmp_path):
     """The commands at the top of examples/train.toml."""
     text = (REPO / "examples" / "train.toml").read_text()

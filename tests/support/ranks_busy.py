@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -125,3 +128,78 @@ def every_way(rank: int, world: int, root: str) -> dict[str, Any]:
         found[f"{mode} uneven"] = many_busy(rank, world, f"{root}/{mode}-many", mode, 30)
         found[f"{mode} error"] = busy_error(rank, world, f"{root}/{mode}-error", mode)
     return found
+
+
+def stopped(rank: int, world: int, root: str) -> dict[str, Any]:
+    """A loop that saves nothing by itself; SIGTERM comes to rank 1 alone, in its fourth step."""
+    state = small_state()
+    before = signal.getsignal(signal.SIGTERM)
+    found: dict[str, Any] = {}
+    with CheckpointManager(root, vote_timeout=20, when_busy="skip") as manager:
+        manager.save_on_signal(deadline=15.0)
+        for step in range(100):
+            state.extra["step"] = step
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                found["alive"] = True
+            if manager.preempted():
+                handle = manager.last_save(step, state, metrics={"x": 1.0})
+                found |= {"step": step, "committed": handle and handle.committed.result(0)}
+                found["again"] = manager.last_save(step, state)  # saved: waited for, if need be
+                break
+        found["still"] = manager.preempted()
+        dist.barrier()
+        found["steps"] = manager.steps()
+    found["restored"] = signal.getsignal(signal.SIGTERM) is before
+    return found
+
+
+def stopped_late(rank: int, world: int, root: str) -> dict[str, Any]:
+    """The store is stuck: the last save gives up at its deadline, on both ranks."""
+    state = small_state()
+    manager = CheckpointManager(root, vote_timeout=20)
+    manager.save_on_signal(signal.SIGUSR1, deadline=2.0)
+    gate = Gate(manager, shut=rank == 0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    began = time.monotonic()
+    assert manager.preempted()
+    error = None
+    try:
+        manager.last_save(0, state)
+    except CkptError as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    took = time.monotonic() - began
+    gate.open.set()
+    manager.close()
+    dist.barrier()
+    return {"error": error, "took": took, "steps": manager.steps()}
+
+
+def stopped_after_an_error(rank: int, world: int, root: str) -> dict[str, Any]:
+    """An earlier failure is kept for later, full slots are waited for, and the step is saved."""
+    state = small_state()
+    manager = CheckpointManager(root, vote_timeout=20, when_busy="skip")
+    gate = Gate(manager, shut=rank == 0)
+    handles = [manager.save(step, state) for step in range(2)]
+    if rank == 1:
+        manager._work._errors.append(CkptError("only rank 1 knows"))
+        manager.request_stop()
+    assert manager.preempted()
+    threading.Timer(0.3, gate.open.set).start()
+    last = manager.last_save(2, state)
+    assert last is not None
+    found: dict[str, Any] = {"saved": [result(handle) for handle in (*handles, last)]}
+    try:
+        manager.close()
+    except CkptError as error:
+        found["later"] = str(error)
+    return found
+
+
+def every_stop(rank: int, world: int, root: str) -> dict[str, Any]:
+    """All of the above in one set of processes."""
+    return {
+        "signal": stopped(rank, world, f"{root}/signal"),
+        "late": stopped_late(rank, world, f"{root}/late"),
+        "error": stopped_after_an_error(rank, world, f"{root}/error"),
+    }
