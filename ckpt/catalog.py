@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -78,13 +78,79 @@ def read_writers(storage: Storage) -> list[WriterRecord]:
         epoch = parse_writer(entry.name)
         if epoch is None or entry.is_dir:
             continue
-        path = writer_path(epoch)
-        where = f"{storage.url}/{path}"
-        record = WriterRecord.from_bytes(storage.read(path), where)
-        if record.epoch != epoch:
-            raise DamagedError(f"{where} holds the record of epoch {record.epoch}")
-        records.append(record)
+        records.append(_read_writer(storage, epoch))
     return records
+
+
+def _read_writer(storage: Storage, epoch: int) -> WriterRecord:
+    path = writer_path(epoch)
+    where = f"{storage.url}/{path}"
+    record = WriterRecord.from_bytes(storage.read(path), where)
+    if record.epoch != epoch:
+        raise DamagedError(f"{where} holds the record of epoch {record.epoch}")
+    return record
+
+
+def read_lineage(storage: Storage, found: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The (step, epoch) pairs that a restore may choose from, newest first.
+
+    A writer's record that is damaged, or lost, costs the run no step of that writer: that they are
+    newer than those of older writers is known from the epoch in their own manifests. Only where
+    that writer had resumed is not known any more, so nothing behind its steps counts; a warning
+    says so.
+
+    Args:
+        storage: the root.
+        found: (step, epoch) of its step directories.
+
+    Raises:
+        DamagedError: a damaged record hides which steps are the newest ones.
+    """
+    records, broken = [], {}
+    for entry in storage.list(WRITERS):
+        epoch = parse_writer(entry.name)
+        if epoch is None or entry.is_dir:
+            continue
+        try:
+            records.append(_read_writer(storage, epoch))
+        except DamagedError as error:
+            broken[epoch] = str(error)
+    sound = {record.epoch for record in records}
+    lost = sorted({epoch for _step, epoch in found} - sound - broken.keys())
+    if not broken and not lost:
+        return committed_lineage(records, found)
+    # A directory's name alone proves nothing: anybody may have made it.
+    kept = [pair for pair in found if pair[1] in sound or _has_manifest(storage, *pair)]
+    for epoch in lost:
+        if any(pair[1] == epoch for pair in kept):
+            broken[epoch] = f"{storage.url}/{writer_path(epoch)} is missing"
+    unknown = [WriterRecord(epoch, None, None, "", 0, "", "") for epoch in broken]
+    lineage = committed_lineage([*records, *unknown], kept)
+    reached = {epoch for _step, epoch in lineage}
+    head = max((*sound, *broken), default=0)
+    if head in broken and head not in reached:
+        msg = (
+            f"{broken[head]}; that writer saved nothing and where it resumed is not known. Delete "
+            "the record to go on from the newest step of the writers before it"
+        )
+        raise DamagedError(msg)
+    for epoch in sorted(broken):
+        log.warning(
+            "%s; steps that writer %d resumed from are not known and do not count",
+            broken[epoch],
+            epoch,
+        )
+    return lineage
+
+
+def _has_manifest(storage: Storage, step: int, epoch: int) -> bool:
+    """Whether a directory holds the manifest of the step that its name says."""
+    path = f"{step_dir(step, epoch)}/{MANIFEST}"
+    try:
+        manifest = StepManifest.from_bytes(storage.read(path), f"{storage.url}/{path}")
+    except (ObjectNotFound, DamagedError):
+        return False
+    return (manifest.step, manifest.epoch) == (step, epoch)
 
 
 def list_steps(storage: Storage) -> list[StepEntry]:
@@ -97,7 +163,7 @@ def list_steps(storage: Storage) -> list[StepEntry]:
         StorageError: the store failed.
     """
     found = _step_dirs(storage)
-    lineage = set(committed_lineage(read_writers(storage), found))
+    lineage = set(read_lineage(storage, found))
     return [_entry(storage, step, epoch, (step, epoch) in lineage) for step, epoch in found]
 
 
@@ -114,7 +180,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
         DamagedError: the step that was asked for by number is damaged.
     """
     found = _step_dirs(storage)
-    lineage = committed_lineage(read_writers(storage), found)
+    lineage = read_lineage(storage, found)
     if step is None:
         return _newest(storage, lineage)
     tries = [pair for pair in found if pair[0] == step and (epoch is None or pair[1] == epoch)]

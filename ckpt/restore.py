@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from .arena import local_tensor
-from .catalog import check_sizes, read_writers
+from .catalog import check_sizes, read_lineage
 from .commit import newest_epoch
-from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound
+from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StorageError
 from .fetch import fetch
 from .layout import MANIFEST, STEPS, check_step, parse_step_dir, step_dir
-from .lineage import committed_lineage
 from .manifest import StepManifest
 from .match import Staged, check_base, match, read_state
 from .plan import local_pieces
@@ -128,7 +127,7 @@ def _candidates(storage: Storage, step: int | None) -> list[tuple[int, int]]:
     """(step, epoch) pairs to try, best first."""
     parsed = [parse_step_dir(entry.name) for entry in storage.list(STEPS) if entry.is_dir]
     found = [pair for pair in parsed if pair is not None]
-    lineage = committed_lineage(read_writers(storage), found)
+    lineage = read_lineage(storage, found)
     if not storage.has_rename:
         # An object store shows unfinished attempts too; without a manifest they are no steps.
         lineage = [p for p in lineage if storage.exists(f"{step_dir(*p)}/{MANIFEST}")]
@@ -229,6 +228,7 @@ def _stage(
     """
     directory = step_dir(*pair)
     where = f"{storage.url}/{directory}/{MANIFEST}"
+    manifest: StepManifest | None = None
     try:
         data = storage.read(f"{directory}/{MANIFEST}")
         manifest = StepManifest.from_bytes(data, where)
@@ -248,6 +248,13 @@ def _stage(
         )
     except ObjectNotFound as error:
         raise DamagedError(str(error)) from error
+    except StorageError as error:
+        # A read behind the end of a cut file, most likely; then it is damage, not a broken store,
+        # and every rank has to see it as that.
+        if manifest is not None:
+            for problem in check_sizes(storage, directory, manifest.files):
+                raise DamagedError(problem.message) from error
+        raise
     return staged, hashlib.sha256(data).hexdigest()
 
 

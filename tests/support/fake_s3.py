@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
+import re
+import socket
 import ssl
+import struct
 import threading
 import time
 import zlib
@@ -13,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape, unescape
 
 
 @dataclass
@@ -24,7 +29,8 @@ class Spoil:
         how: ``status`` (answer ``code`` instead of doing it), ``status-after`` (do it, then answer
             ``code``), ``drop`` (close the connection instead), ``drop-after`` (do it, then
             close), ``truncate`` (half of the body), ``flip`` (one bit of the body), ``lie`` (say
-            that it is done, and lose it), ``hang`` (answer after ``seconds``).
+            that it is done, and lose it), ``reset`` (break the connection in the middle of the
+            body, the request's or the answer's), ``hang`` (answer after ``seconds``).
         code: HTTP status and S3 error code of the answer.
         times: how many requests it meets.
         skip: how many matching requests pass first.
@@ -100,15 +106,22 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         parts = urlsplit(self.path)
         _bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        spoil = self.fake.due(self.command, key, parts.query)
+        length = int(self.headers.get("Content-Length") or 0)
+        broken = spoil is not None and spoil.how == "reset"
+        body = self.rfile.read(length // 2 if broken else length)
         head = {name.lower(): value for name, value in self.headers.items()}
         self.fake.log.append((self.command, key, parts.query, head))
-        spoil = self.fake.due(self.command, key, parts.query)
         if spoil is None:
             self.answer(*self.perform(key, parts.query, head, body))
             return
         if spoil.before:
             spoil.before()
+        if broken:
+            if not length:
+                self.answer(*self.perform(key, parts.query, head, body), cut=True)
+            self.reset()
+            return
         if spoil.how == "hang":
             time.sleep(spoil.seconds)
         result = None
@@ -130,6 +143,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 
+    def reset(self) -> None:
+        """Close the connection with RST instead of FIN."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+        os.close(self.connection.detach())
+
     def answer(self, status: int, body: bytes, *more: dict[str, str], cut: bool = False) -> None:
         self.send_response(status)
         extra = more[0] if more else {}
@@ -148,7 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "GET" and "uploads" in asked:
                 return _uploads(fake, asked)
             if self.command in {"GET", "HEAD"} and "list-type" in asked:
-                return _listing(fake, asked["prefix"][0])
+                delimiter = asked.get("delimiter", [""])[0]
+                return _listing(fake, asked["prefix"][0], delimiter)
             if self.command in {"GET", "HEAD"}:
                 return _read(fake, key, head)
             if self.command == "DELETE":
@@ -157,6 +178,10 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     fake.objects.pop(key, None)
                 return 204, b""
+            if "delete" in asked:
+                for gone in re.findall(r"<Key>(.*?)</Key>", body.decode()):
+                    fake.objects.pop(unescape(gone), None)
+                return 200, _xml("DeleteResult", "")
             claimed = head.get("x-amz-checksum-crc32")
             if claimed and claimed != _crc(body):
                 return _error(400, "BadDigest")
@@ -216,12 +241,18 @@ def _read(fake: FakeS3, key: str, head: dict[str, str]):
     return 206, part, {**extra, "Content-Range": span}
 
 
-def _listing(fake: FakeS3, prefix: str):
-    items = "".join(
-        f"<Contents><Key>{key}</Key><Size>{len(data)}</Size></Contents>"
-        for key, data in sorted(fake.objects.items())
-        if key.startswith(prefix)
-    )
+def _listing(fake: FakeS3, prefix: str, delimiter: str):
+    items, folders = "", set()
+    for key, data in sorted(fake.objects.items()):
+        if not key.startswith(prefix):
+            continue
+        first, cut, _rest = key.removeprefix(prefix).partition(delimiter or "\0")
+        if cut:
+            folders.add(prefix + first + cut)
+        else:
+            items += f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size></Contents>"
+    for folder in sorted(folders):
+        items += f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
     return 200, _xml("ListBucketResult", f"<IsTruncated>false</IsTruncated>{items}")
 
 

@@ -174,7 +174,7 @@ def arm(fault: str) -> None:
 def impatient(small_parts: bool = False) -> None:
     """Short pauses and few tries, so that a broken store costs a test little time."""
     ckpt.storage.s3.RetryPolicy = functools.partial(  # type: ignore[misc]
-        retry.RetryPolicy, attempts=3, base=0.01, cap=0.05, seconds=1.0
+        retry.RetryPolicy, attempts=3, base=0.01, cap=0.05, seconds=2.0
     )
     if small_parts:
         ckpt.storage.s3.SINGLE_PUT_BYTES = SMALL_PUT_BYTES
