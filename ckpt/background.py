@@ -183,7 +183,7 @@ class Background:
         """Rank 0, after a commit: retention, and once the remains of dead writers."""
         if job.resumable and job.step is not None:
             self._keeper.committed(job.step, job.epoch, job.metrics)
-            self._keeper.prune_steps()
+            self._keeper.prune_steps(job.epoch)
             if not self._swept:
                 self._swept = True
                 self._keeper.sweep(job.epoch, self._nonce)

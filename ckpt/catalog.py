@@ -15,7 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from .checksum import block_range, verify_block
 from .errors import DamagedError, NoCheckpoint, ObjectNotFound
@@ -67,6 +67,19 @@ class Problem:
     message: str
 
 
+class Lineage(NamedTuple):
+    """What the writers' records say about the steps of a root.
+
+    Attributes:
+        steps: (step, epoch) of those that a restore may choose from, newest first.
+        hidden: older ones of which a damaged or lost record does not let anybody say whether
+            they belong to these or were left behind.
+    """
+
+    steps: list[tuple[int, int]]
+    hidden: frozenset[tuple[int, int]]
+
+
 def read_writers(storage: Storage) -> list[WriterRecord]:
     """Every writer's record, oldest first.
 
@@ -91,13 +104,12 @@ def _read_writer(storage: Storage, epoch: int) -> WriterRecord:
     return record
 
 
-def read_lineage(storage: Storage, found: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The (step, epoch) pairs that a restore may choose from, newest first.
+def read_lineage(storage: Storage, found: Collection[tuple[int, int]]) -> Lineage:
+    """The steps that a restore may choose from, also where a writer's record is damaged or lost.
 
-    A writer's record that is damaged, or lost, costs the run no step of that writer: that they are
-    newer than those of older writers is known from the epoch in their own manifests. Only where
-    that writer had resumed is not known any more, so nothing behind its steps counts; a warning
-    says so.
+    That costs the run no step of that writer: that they are newer than those of older writers is
+    known from the epoch in their own manifests. Only where that writer had resumed is not known
+    any more, so nothing behind its steps counts; a warning says so.
 
     Args:
         storage: the root.
@@ -106,41 +118,53 @@ def read_lineage(storage: Storage, found: Collection[tuple[int, int]]) -> list[t
     Raises:
         DamagedError: a damaged record hides which steps are the newest ones.
     """
-    records, broken = [], {}
+    records: dict[int, WriterRecord] = {}
+    broken: dict[int, str] = {}
     for entry in storage.list(WRITERS):
         epoch = parse_writer(entry.name)
         if epoch is None or entry.is_dir:
             continue
         try:
-            records.append(_read_writer(storage, epoch))
+            records[epoch] = _read_writer(storage, epoch)
         except DamagedError as error:
             broken[epoch] = str(error)
-    sound = {record.epoch for record in records}
-    lost = sorted({epoch for _step, epoch in found} - sound - broken.keys())
-    if not broken and not lost:
-        return committed_lineage(records, found)
-    # A directory's name alone proves nothing: anybody may have made it.
-    kept = [pair for pair in found if pair[1] in sound or _has_manifest(storage, *pair)]
-    for epoch in lost:
-        if any(pair[1] == epoch for pair in kept):
+    kept = list(found)
+    if broken or any(epoch not in records for _step, epoch in found):
+        # A directory's name alone proves nothing: anybody may have made it.
+        kept = [pair for pair in found if pair[1] in records or _has_manifest(storage, *pair)]
+        for epoch in {epoch for _step, epoch in kept} - records.keys() - broken.keys():
             broken[epoch] = f"{storage.url}/{writer_path(epoch)} is missing"
     unknown = [WriterRecord(epoch, None, None, "", 0, "", "") for epoch in broken]
-    lineage = committed_lineage([*records, *unknown], kept)
-    reached = {epoch for _step, epoch in lineage}
-    head = max((*sound, *broken), default=0)
-    if head in broken and head not in reached:
+    steps = committed_lineage([*records.values(), *unknown], kept)
+    head = max((*records, *broken), default=0)
+    if head in broken and not any(epoch == head for _step, epoch in steps):
         msg = (
             f"{broken[head]}; that writer saved nothing and where it resumed is not known. Delete "
             "the record to go on from the newest step of the writers before it"
         )
         raise DamagedError(msg)
-    for epoch in sorted(broken):
-        log.warning(
-            "%s; steps that writer %d resumed from are not known and do not count",
-            broken[epoch],
-            epoch,
-        )
-    return lineage
+    for epoch, problem in sorted(broken.items()):
+        log.warning("%s; what lies behind the steps of writer %d does not count", problem, epoch)
+    end = head
+    while end in records and (parent := records[end].parent_epoch) is not None:
+        end = parent
+    hidden = set() if end in records else {pair for pair in found if pair[1] < end}
+    return Lineage(steps, frozenset(hidden.difference(steps)))
+
+
+def check_writers(storage: Storage) -> Iterator[Problem]:
+    """The writers' records that do not verify, or are missing though the writer saved steps."""
+    listed = (parse_writer(entry.name) for entry in storage.list(WRITERS) if not entry.is_dir)
+    known = {epoch for epoch in listed if epoch is not None}
+    for epoch in sorted(known):
+        try:
+            _read_writer(storage, epoch)
+        except DamagedError as error:
+            yield Problem(writer_path(epoch), None, str(error))
+    orphans = [pair for pair in _step_dirs(storage) if pair[1] not in known]
+    for epoch in sorted({pair[1] for pair in orphans if _has_manifest(storage, *pair)}):
+        path = writer_path(epoch)
+        yield Problem(path, None, f"{storage.url}/{path} is missing")
 
 
 def _has_manifest(storage: Storage, step: int, epoch: int) -> bool:
@@ -163,7 +187,7 @@ def list_steps(storage: Storage) -> list[StepEntry]:
         StorageError: the store failed.
     """
     found = _step_dirs(storage)
-    lineage = set(read_lineage(storage, found))
+    lineage = set(read_lineage(storage, found).steps)
     return [_entry(storage, step, epoch, (step, epoch) in lineage) for step, epoch in found]
 
 
@@ -180,7 +204,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
         DamagedError: the step that was asked for by number is damaged.
     """
     found = _step_dirs(storage)
-    lineage = read_lineage(storage, found)
+    lineage = read_lineage(storage, found).steps
     if step is None:
         return _newest(storage, lineage)
     tries = [pair for pair in found if pair[0] == step and (epoch is None or pair[1] == epoch)]

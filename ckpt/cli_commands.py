@@ -13,7 +13,7 @@ from rich.text import Text
 
 from . import cli_tables as show
 from .about import package_version
-from .catalog import Problem, StepEntry, check_step, find_step, list_steps
+from .catalog import Problem, StepEntry, check_step, check_writers, find_step, list_steps
 from .cli_console import (
     FOUND,
     USAGE,
@@ -201,6 +201,8 @@ def verify_command(
         with progress("verifying", total) as advance:
             results = [_verdict(item, check_step(storage, item, advance)) for item in steps]
             results += [_verdict(one, check_version(storage, one, advance)) for one in versions]
+        if step is None and version is None:
+            results += [_record_verdict(problem) for problem in check_writers(storage)]
         damaged = sum(1 for result in results if result["problems"])
         if as_json:
             write_json({"url": storage.url, "ok": not damaged, "checked": results})
@@ -237,6 +239,15 @@ def _verdict(entry: StepEntry | VersionEntry, problems: Iterable[Problem]) -> di
             {"file": problem.file, "block": problem.block, "message": problem.message}
             for problem in found
         ],
+    }
+
+
+def _record_verdict(problem: Problem) -> dict[str, Any]:
+    return {
+        "path": problem.file,
+        "state": "damaged",
+        "bytes": None,
+        "problems": [{"file": problem.file, "block": None, "message": problem.message}],
     }
 
 

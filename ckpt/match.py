@@ -15,6 +15,7 @@ from .layout import MANIFEST, STATE
 from .manifest import StepManifest
 from .optim import state_target
 from .state import decode_state
+from .state_form import check_form
 from .storage import Storage, read_checked
 from .train_state import LiveTensors, TrainState
 from .types import MODEL_PREFIX, OPTIM_PREFIX, TensorRecord
@@ -44,7 +45,7 @@ def read_state(
     """Decode ``state.json``: the shared values, and those of each rank.
 
     Raises:
-        DamagedError: it does not verify.
+        DamagedError: it does not verify, or has not the form of a trainer's state.
         StateError: the step was not saved from a :class:`TrainState`.
     """
     record = next((file for file in manifest.files if file.name.rpartition("/")[2] == STATE), None)
@@ -57,7 +58,7 @@ def read_state(
     if not isinstance(value, dict) or value.keys() != {"shared", "ranks"}:
         msg = f"{where} is not a trainer's state; what ckpt.dcp.Writer wrote is read by dcp.load"
         raise StateError(msg)
-    return value["shared"], value["ranks"]
+    return check_form(value["shared"], value["ranks"], where)
 
 
 def check_base(state: TrainState, manifest: StepManifest) -> None:

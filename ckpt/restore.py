@@ -18,7 +18,7 @@ import torch
 from .arena import local_tensor
 from .catalog import check_sizes, read_lineage
 from .commit import newest_epoch
-from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StorageError
+from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StateError, StorageError
 from .fetch import fetch
 from .layout import MANIFEST, STEPS, check_step, parse_step_dir, step_dir
 from .manifest import StepManifest
@@ -85,7 +85,8 @@ def restore(
     Raises:
         NoCheckpoint: no such step, or none of the root's steps is whole.
         DamagedError: the step asked for does not verify.
-        StateError: names, shapes or dtypes differ; nothing was changed.
+        StateError: names, shapes or dtypes differ, and nothing was changed; or a live object
+            refused its saved value, which the message says.
         BaseMismatch: the adapter was trained over another base model.
         StorageError: the store failed.
         SaveAborted: another rank failed; nothing was changed.
@@ -127,7 +128,7 @@ def _candidates(storage: Storage, step: int | None) -> list[tuple[int, int]]:
     """(step, epoch) pairs to try, best first."""
     parsed = [parse_step_dir(entry.name) for entry in storage.list(STEPS) if entry.is_dir]
     found = [pair for pair in parsed if pair is not None]
-    lineage = read_lineage(storage, found)
+    lineage = read_lineage(storage, found).steps
     if not storage.has_rename:
         # An object store shows unfinished attempts too; without a manifest they are no steps.
         lineage = [p for p in lineage if storage.exists(f"{step_dir(*p)}/{MANIFEST}")]
@@ -259,13 +260,26 @@ def _stage(
 
 
 def _apply(state: TrainState, staged: Staged, board: Board) -> list[str]:
-    """Copy the verified values into place."""
+    """Copy the verified values into place.
+
+    Raises:
+        StateError: an object of the caller's refused its own saved value.
+    """
     with torch.no_grad():
         for name, value in staged.values.items():
             local_tensor(staged.targets[name]).copy_(value)
-    notes = state.apply_values(
-        staged.shared, staged.ranks, staged.optimizer, board.rank, board.world
-    )
+    try:
+        notes = state.apply_values(
+            staged.shared, staged.ranks, staged.optimizer, board.rank, board.world
+        )
+    except Exception as error:
+        # They are the last word: nobody else can say whether their saved values are good.
+        msg = (
+            f"step {staged.manifest.step} verifies, but the live objects did not take what it "
+            f"holds for them: {type(error).__name__}: {error}. The live state is partly that of "
+            "the step; build it anew before anything else is done with it"
+        )
+        raise StateError(msg) from error
     for note in notes:
         logger.warning("restore of step %d: %s", staged.manifest.step, note)
     return notes

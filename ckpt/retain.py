@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .catalog import StepEntry, list_steps, read_writers
+from .catalog import StepEntry, list_steps, read_lineage
 from .commit import newest_epoch
 from .errors import CkptError
 from .holds import hold, pinned, remove_unless_held
@@ -24,7 +24,6 @@ from .layout import (
     step_dir,
     step_name,
 )
-from .lineage import committed_lineage
 from .storage import Storage
 from .types import Retention
 from .versions import VersionEntry, delete_version, list_versions
@@ -126,20 +125,21 @@ def review(storage: Storage, keep: Retention) -> list[tuple[StepEntry, Fate]]:
         StorageError: the store failed.
     """
     entries = {(entry.step, entry.epoch): entry for entry in list_steps(storage)}
-    lineage = committed_lineage(read_writers(storage), entries)
+    lineage, hidden = read_lineage(storage, entries)
     whole = [pair for pair in lineage if entries[pair].state == "committed"]
     scores = {
         pair: entry.manifest.metrics
         for pair, entry in entries.items()
         if entry.manifest is not None
     }
-    abandoned = set(entries).difference(lineage)
+    abandoned = set(entries).difference(lineage, hidden)
     fates = judge(whole, abandoned, keep, scores=scores, pinned=pinned(storage))
     fates += [
         Fate(*pair, keep=True, reason=f"{entries[pair].state}: not counted, left alone")
         for pair in lineage
         if pair not in whole
     ]
+    fates += [Fate(*pair, keep=True, reason="behind a lost writer's record") for pair in hidden]
     fates.sort(key=lambda fate: (fate.step, fate.epoch))
     return [(entries[fate.step, fate.epoch], fate) for fate in fates]
 
@@ -185,19 +185,24 @@ class Keeper:
         """Note a step of our own, which needs no reading back to be known as whole."""
         self._whole[step, epoch] = metrics
 
-    def prune_steps(self) -> None:
+    def prune_steps(self, epoch: int) -> None:
         """Delete the steps that the rule does not keep.
 
         What fails is logged, not raised: the commit before it stands.
+
+        Args:
+            epoch: this writer's epoch; if a newer one began, its rule decides, not this one.
         """
         storage = self._storage
         try:
             found = self._found()
-            lineage = committed_lineage(read_writers(storage), found)
+            if newest_epoch(storage) > epoch:
+                return
+            lineage, hidden = read_lineage(storage, found)
             if len(found) <= self._keep.latest:
                 return
             whole = self._check(lineage)
-            abandoned = [pair for pair in found if pair not in lineage]
+            abandoned = set(found).difference(lineage, hidden)
             fates = judge(whole, abandoned, self._keep, scores=self._whole)
             for fate in fates:
                 if fate.keep or remove_unless_held(storage, step_name(fate.step, fate.epoch)):

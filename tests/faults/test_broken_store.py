@@ -95,7 +95,7 @@ def spoil(table: dict[str, tuple[str, str, str, str]], request: str, how: str, t
     return Spoil(method=method, key=key, query=query, times=count, **HOW[how])
 
 
-@pytest.mark.cells(8)
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(("request_", "how", "times"), CELLS)
 def test_a_request_of_a_save_fails(
     field: Field, fake: FakeS3, request_: str, how: str, times: str
@@ -119,7 +119,7 @@ def test_a_request_of_a_save_fails(
     ground.go_on(committed)
 
 
-@pytest.mark.cells(5)
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("times", ["once", "always"])
 @pytest.mark.parametrize("how", [how for how in HOW if "done" not in how])
 @pytest.mark.parametrize("request_", RESTORES)
@@ -159,7 +159,7 @@ def test_the_store_says_done_and_loses_it(field: Field, fake: FakeS3, request_: 
     ground.go_on(NEWEST)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "request_", ["read of the manifest", "read of a shard", "read of the state"]
 )

@@ -78,7 +78,7 @@ def passes_to_try(field: Field, flavour: str, rank: int, point: str) -> list[int
     return sorted(everyone, key=lambda nth: draw(f"{flavour} {rank} {point} {nth}"))
 
 
-@pytest.mark.cells(8)
+@pytest.mark.cells(7)
 @pytest.mark.parametrize(("flavour", "victim", "point"), CELLS)
 def test_a_rank_is_killed(
     field: Field, flavour: str, victim: int, point: str, sampled: bool
@@ -100,7 +100,7 @@ def test_a_rank_is_killed(
         ground.go_on(committed)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("flavour", "victim", "point"), CELLS)
 def test_a_rank_hangs(field: Field, flavour: str, victim: int, point: str, sampled: bool) -> None:
     """The others give up in time; the next trainer goes on while the hung process still lives."""
@@ -119,7 +119,7 @@ def test_a_rank_hangs(field: Field, flavour: str, victim: int, point: str, sampl
             ground.go_on(committed)
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     ("flavour", "point"),
     [case(f, point) for f, rank, point in ALL if rank == 0 and reason(f, rank, point) is None],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.steps import tiny_adapter, write_step, write_writer
 
-from ckpt.catalog import check_step, find_step, list_steps, read_writers
+from ckpt.catalog import check_step, find_step, list_steps, read_lineage, read_writers
 from ckpt.errors import DamagedError, NoCheckpoint
 from ckpt.layout import MANIFEST, STATE
 from ckpt.storage import Storage, open_storage
@@ -132,14 +132,48 @@ def test_foreign_names_are_no_steps(storage: Storage, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flipped", "swapped"])
-def test_a_damaged_writer_record_is_an_error(storage: Storage, tmp_path: Path, kind: str) -> None:
+def test_a_damaged_writer_record_hides_what_lies_behind_it(
+    storage: Storage, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write_step(storage, 1, TENSORS)
+    write_writer(storage, 2, parent=(1, 1))
+    write_step(storage, 2, TENSORS, epoch=2)
+    record = tmp_path / "writers" / "0002.json"
     if kind == "flipped":
-        flip(tmp_path / "writers" / "0001.json", 30)
+        flip(record, 30)
     else:
-        (tmp_path / "writers" / "0001.json").rename(tmp_path / "writers" / "0002.json")
-    with pytest.raises(DamagedError, match=r"writers/000[12]\.json"):
+        record.write_bytes((tmp_path / "writers" / "0001.json").read_bytes())
+    assert states(storage) == {(1, 1): "abandoned", (2, 2): "committed"}
+    assert "writers/0002.json" in caplog.text
+    assert read_lineage(storage, [(1, 1), (2, 2)]) == ([(2, 2)], {(1, 1)})
+    with pytest.raises(DamagedError, match=r"writers/0002\.json"):
+        read_writers(storage)
+
+
+def test_a_lost_record_of_a_pruned_writer_hides_what_is_older(storage: Storage) -> None:
+    for epoch, parent in ((1, None), (3, (2, 2))):
+        write_writer(storage, epoch, parent=parent)
+        write_step(storage, epoch, TENSORS, epoch=epoch)
+    assert read_lineage(storage, [(1, 1), (3, 3)]) == ([(3, 3)], {(1, 1)})
+
+
+def test_a_damaged_record_of_a_writer_without_steps_is_an_error(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write_step(storage, 1, TENSORS)
+    write_writer(storage, 2, parent=(1, 1))
+    flip(tmp_path / "writers" / "0002.json", 30)
+    with pytest.raises(DamagedError, match=r"writers/0002\.json.*Delete the record"):
         list_steps(storage)
+
+
+def test_a_directory_named_after_a_writer_that_never_was_counts_for_nothing(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write_step(storage, 1, TENSORS)
+    steps = tmp_path / "steps"
+    shutil.copytree(steps / "step-00000001.w0001", steps / "step-00000001.w0007")
+    assert read_lineage(storage, [(1, 1), (1, 7)]) == ([(1, 1)], frozenset())
 
 
 def test_without_rename_a_missing_manifest_means_incomplete(tmp_path: Path) -> None:

@@ -322,11 +322,14 @@ class TestErrors:
         assert ckpt("nonsense").exit_code == 2
         assert ckpt("export", root, "x", "--dtype", "int8").exit_code == 2
 
-    def test_a_damaged_writer_record_ends_with_1(self, root: Path) -> None:
+    def test_a_damaged_writer_record_is_found_by_verify(self, root: Path) -> None:
         flip(root / "writers" / "0002.json")
-        result = ckpt("ls", root)
+        assert ckpt("ls", root).exit_code == 0
+        result = ckpt("verify", root)
         assert result.exit_code == 1
-        assert "writers/0002.json" in result.stderr
+        assert "damaged  writers/0002.json" in result.stdout
+        checked = json.loads(ckpt("verify", root, "--json").stdout)["checked"]
+        assert [item["path"] for item in checked if item["problems"]] == ["writers/0002.json"]
 
     @pytest.mark.s3
     def test_a_store_that_cannot_be_reached(self, s3: Any, monkeypatch: Any) -> None:

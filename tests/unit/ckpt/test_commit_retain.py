@@ -130,7 +130,7 @@ def test_damaged_steps_do_not_count_and_foreign_names_stay(storage):
     storage.put(newest, storage.read(newest)[:-5])
     storage.put("steps/notes.txt", b"mine")
     storage.put("steps/step-1/readme", b"mine")
-    Keeper(storage, Retention(latest=2), "run").prune_steps()
+    Keeper(storage, Retention(latest=2), "run").prune_steps(1)
     names = [entry.name for entry in storage.list("steps")]
     assert names == [
         "notes.txt",
