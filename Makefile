@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast faults bench lint fmt constraints clean
+.PHONY: help setup demo test test-fast test-s3 faults bench lint fmt constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,12 @@ test: lint ## every check: lint, types, import contract, all tests
 test-fast: $(STAMP) ## the tests of one process that need no server
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  -m 'not dist and not s3 and not e2e and not slow' $(PYTEST_ARGS)
+
+test-s3: $(STAMP) ## the S3 suite against the server that the AWS variables name (see docs/s3.md)
+	@test -n "$$AWS_ENDPOINT_URL" && test -n "$$AWS_ACCESS_KEY_ID" \
+	  && test -n "$$AWS_SECRET_ACCESS_KEY" || { echo "Set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID" \
+	  "and AWS_SECRET_ACCESS_KEY (AWS_CA_BUNDLE, CKPT_TEST_BUCKET): docs/s3.md" >&2; exit 1; }
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 's3 and not e2e' $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \

@@ -19,6 +19,7 @@ from .errors import DamagedError
 from .manifest import StepManifest
 from .plan import Piece, read_items
 from .storage import Storage
+from .storage.checked import read_verified
 from .types import BLOCK_BYTES, Chunk, FileRecord, TensorRecord
 
 READ_THREADS = 8
@@ -178,10 +179,13 @@ def _read_run(
     low, high = run.start * BLOCK_BYTES, block_range(record, run.stop - 1)[1]
     path = f"{directory}/{record.name}"
     data = memoryview(bytearray(high - low))
-    storage.read_into(path, low, data)
-    for block in run:
-        start, end = block_range(record, block)
-        verify_block(record, block, data[start - low : end - low], f"{storage.url}/{path}")
+
+    def verify() -> None:
+        for block in run:
+            start, end = block_range(record, block)
+            verify_block(record, block, data[start - low : end - low], f"{storage.url}/{path}")
+
+    read_verified(storage, path, low, data, verify)
     for item in ranges:
         start, end = max(item.start, low), min(item.end, high)
         if start < end:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ckpt.checksum import block_range, blocks_of, file_record, verify_block
@@ -11,6 +12,8 @@ from ckpt.types import FileRecord
 
 from .base import Buffer, Storage
 from .paths import as_views
+
+log = logging.getLogger(__name__)
 
 _INLINE_BYTES = 1024 * 1024
 """Below this a thread costs more than the checksum."""
@@ -44,6 +47,36 @@ def put_checked(
         return pending.result()
 
 
+def read_verified(
+    storage: Storage, path: str, start: int, target: memoryview, verify: Callable[[], None]
+) -> None:
+    """Fill ``target`` with a file's bytes from ``start`` on, and verify them.
+
+    What comes over a network and does not verify is read once more: a bit may have flipped on the
+    way, and a step must not count as damaged for that.
+
+    Args:
+        storage: where from.
+        path: path below the store's root.
+        start: first byte.
+        target: memory to fill.
+        verify: looks at ``target``; raises :class:`DamagedError`.
+
+    Raises:
+        StorageError: the store cannot give the bytes.
+        DamagedError: they do not verify, twice.
+    """
+    storage.read_into(path, start, target)
+    try:
+        verify()
+    except DamagedError as error:
+        if storage.local_path(path) is not None:
+            raise
+        log.warning("%s; reading it again, in case that happened on the way", error)
+        storage.read_into(path, start, target)
+        verify()
+
+
 def read_checked(
     storage: Storage, path: str, record: FileRecord, start: int = 0, end: int | None = None
 ) -> bytes:
@@ -62,8 +95,12 @@ def read_checked(
     if not blocks:
         return b""
     first, last = block_range(record, blocks[0])[0], block_range(record, blocks[-1])[1]
-    data = memoryview(storage.read(path, first, last))
-    for index in blocks:
-        low, high = block_range(record, index)
-        verify_block(record, index, data[low - first : high - first], where)
+    data = memoryview(bytearray(last - first))
+
+    def verify() -> None:
+        for index in blocks:
+            low, high = block_range(record, index)
+            verify_block(record, index, data[low - first : high - first], where)
+
+    read_verified(storage, path, first, data, verify)
     return bytes(data[start - first : end - first])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, TypeVar
+
+from ckpt.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -71,6 +73,37 @@ class RetryPolicy:
     cap: float = 5.0
     seconds: float = 60.0
     bytes_per_second: float = 256 * 1024
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that bound nothing.
+
+        Raises:
+            ConfigError: a value that is not a positive number, or no whole number of tries.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.name == "attempts" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                what = "whole number" if field.name == "attempts" else "number"
+                msg = f"retry {field.name} must be a positive {what}, got {value!r}"
+                raise ConfigError(msg)
+
+    @classmethod
+    def from_option(cls, option: object) -> RetryPolicy:
+        """The policy that a storage option describes: a mapping of this class's attributes.
+
+        Raises:
+            ConfigError: it is something else, or has a key that is no attribute.
+        """
+        if not isinstance(option, Mapping):
+            msg = f"the option retry must be a mapping, got {type(option).__name__}"
+            raise ConfigError(msg)
+        known = [field.name for field in fields(cls)]
+        unknown = [str(key) for key in option if key not in known]
+        if unknown:
+            msg = f"the option retry takes {known}, got {unknown}"
+            raise ConfigError(msg)
+        return cls(**option)
 
     def pause(self, attempt: int) -> float:
         """Seconds to wait after try number ``attempt`` (from 0), with jitter of a half."""

@@ -49,10 +49,11 @@ class S3Storage:
     Args:
         url: bucket and prefix.
         options: keyword arguments of ``s3fs.S3FileSystem`` (``endpoint_url``, ``profile``, ``key``,
-            ``client_kwargs``, ...). What is missing comes from the AWS environment. One more is
+            ``client_kwargs``, ...). What is missing comes from the AWS environment. Two more are
             ours: ``upload_checksum``, ``"crc32"`` (default: sent with every upload and verified
-            by the server) or ``"none"``.
-        policy: bounds on repetition.
+            by the server) or ``"none"``; and ``retry``, a mapping of the attributes of
+            :class:`~ckpt.storage.retry.RetryPolicy`.
+        policy: bounds on repetition, instead of the option.
 
     Raises:
         ConfigError: a URL with credentials, a query, or without a bucket; a bad option.
@@ -76,7 +77,10 @@ class S3Storage:
             checked_path(self._prefix)
         self._url = f"s3://{self._bucket}" + (f"/{self._prefix}" if self._prefix else "")
         self._options = dict(options)
-        self._policy = policy or RetryPolicy()
+        retry = self._options.pop("retry", None)
+        if policy is None:
+            policy = RetryPolicy() if retry is None else RetryPolicy.from_option(retry)
+        self._policy = policy
         self._redact = Redactor(self._options)
         checksum = self._options.pop("upload_checksum", "crc32")
         if checksum not in _CHECKSUMS:

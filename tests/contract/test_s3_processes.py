@@ -67,7 +67,8 @@ def test_a_failed_upload_leaves_no_parts_on_the_server(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ckpt.storage.s3.SINGLE_PUT_BYTES", 2**20)
-    store = open_storage(s3.url("uploads"), s3.storage_options)
+    url = s3.url("uploads")
+    store = open_storage(url, s3.storage_options)
     data = os.urandom(33 * 2**20)
 
     def chunks():
@@ -86,5 +87,6 @@ def test_a_failed_upload_leaves_no_parts_on_the_server(
     assert not store.exists("broken")
     store.close()
     client = s3.client()
-    assert not client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads")
+    prefix = url.rpartition("/")[2]
+    assert not client.list_multipart_uploads(Bucket=s3.bucket, Prefix=prefix).get("Uploads")
     client.close()

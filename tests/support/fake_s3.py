@@ -83,6 +83,10 @@ class FakeS3:
         """Headers of the requests of one method whose query contains a text."""
         return [head for m, _key, q, head in self.log if m == method and query in q]
 
+    def lose(self, key: str) -> None:
+        """Forget an object, as a lying server does."""
+        self.objects.pop(key, None)
+
     def due(self, method: str, key: str, query: str) -> Spoil | None:
         with self.lock:
             for spoil in self.spoils:
@@ -136,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             at = len(data) // 2
             self.answer(status, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], *more)
         elif spoil.how == "lie" and result is not None:
-            self.fake.objects.pop(key, None)
+            self.fake.lose(key)
             self.answer(*result)
         else:
             self.answer(*_error(*spoil.code, spoil.message))

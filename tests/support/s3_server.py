@@ -15,8 +15,15 @@ from dataclasses import dataclass, field, replace
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 START_SECONDS = 60
+BUCKET_VARIABLE = "CKPT_TEST_BUCKET"
+
+
+def named_server() -> str | None:
+    """The address of the server that the environment names for the tests, if it does."""
+    return os.environ.get("AWS_ENDPOINT_URL")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class S3Server:
     endpoint_url: str
     bucket: str
     environment: dict[str, str] = field(repr=False)
+    prefixes: list[str] = field(default_factory=list, repr=False)
 
     @property
     def storage_options(self) -> dict[str, str]:
@@ -44,7 +52,9 @@ class S3Server:
 
     def url(self, prefix: str = "run") -> str:
         """A prefix that nobody else uses."""
-        return f"s3://{self.bucket}/{prefix}-{uuid.uuid4().hex[:12]}"
+        unique = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        self.prefixes.append(unique)
+        return f"s3://{self.bucket}/{unique}"
 
     def client(self):
         """A boto3 client: a second opinion on what lies in the bucket. Close it after use."""
@@ -57,11 +67,34 @@ class S3Server:
             config=Config(request_checksum_calculation="when_required"),
         )
 
+    def for_a_test(self) -> S3Server:
+        """This server with the bucket that ``CKPT_TEST_BUCKET`` names, or else a new one."""
+        named = os.environ.get(BUCKET_VARIABLE)
+        return replace(self, bucket=named, prefixes=[]) if named else self.with_new_bucket()
+
+    def clean(self) -> None:
+        """Delete what tests left under the prefixes that were asked for, uploads included."""
+        with contextlib.closing(self.client()) as client:
+            for prefix in self.prefixes:
+                pages = client.get_paginator("list_objects_v2")
+                for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
+                    for item in page.get("Contents", ()):
+                        client.delete_object(Bucket=self.bucket, Key=item["Key"])
+                found = client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix)
+                for upload in found.get("Uploads", ()):
+                    client.abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+            if self.bucket != os.environ.get(BUCKET_VARIABLE):
+                with contextlib.suppress(ClientError):  # a test wrote elsewhere in it
+                    client.delete_bucket(Bucket=self.bucket)
+
     def with_new_bucket(self) -> S3Server:
+        """This server with a bucket of a test's own."""
         bucket = f"ckpt-{uuid.uuid4().hex[:20]}"
         with contextlib.closing(self.client()) as client:
             client.create_bucket(Bucket=bucket)
-        return replace(self, bucket=bucket)
+        return replace(self, bucket=bucket, prefixes=[])
 
 
 def _free_port() -> int:
@@ -88,7 +121,7 @@ def _environment(endpoint_url: str, key: str, secret: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running_server() -> Iterator[S3Server]:
     """The server of the environment, or a moto server that ends with the block."""
-    named = os.environ.get("AWS_ENDPOINT_URL")
+    named = named_server()
     if named:
         key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
         yield S3Server(named, "", _environment(named, key, secret))

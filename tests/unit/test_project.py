@@ -194,7 +194,18 @@ def test_links_between_guides_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["setup", "demo", "test", "test-fast", "faults", "bench", "lint", "fmt", "constraints"],
+    [
+        "setup",
+        "demo",
+        "test",
+        "test-fast",
+        "test-s3",
+        "faults",
+        "bench",
+        "lint",
+        "fmt",
+        "constraints",
+    ],
 )
 def test_target_sets_up_the_environment_with_torch_first(target: str, tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

@@ -18,6 +18,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
+from ckpt.errors import ConfigError
 from ckpt.storage.retry import Fate, RetryPolicy, fate_of, retrying
 
 
@@ -109,3 +110,19 @@ def test_tries_are_counted(failures: int, tries: int) -> None:
         with pytest.raises(ClientError, match="SlowDown"):
             asyncio.run(retrying(policy, 0, send))
     assert len(made) == tries
+
+
+def test_bounds_must_bound() -> None:
+    assert RetryPolicy.from_option({}) == RetryPolicy()
+    assert RetryPolicy.from_option({"attempts": 2, "seconds": 1}) == RetryPolicy(2, seconds=1)
+    for option, message in [
+        ({"attempts": 0}, "retry attempts must be a positive whole number, got 0"),
+        ({"attempts": 2.5}, "positive whole number, got 2.5"),
+        ({"seconds": -1}, "retry seconds must be a positive number, got -1"),
+        ({"seconds": float("nan")}, "got nan"),
+        ({"base": True}, "got True"),
+        ({"tries": 3}, r"takes \['attempts', .* got \['tries'\]"),
+        (3, "must be a mapping, got int"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            RetryPolicy.from_option(option)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ipaddress
+import pickle
 import socket
 import ssl
 import time
@@ -95,9 +96,10 @@ def test_a_final_answer_is_not_questioned(fake: FakeS3, store: S3Storage, code) 
     assert len(fake.requests("PUT")) == 1
 
 
-def test_a_server_that_hangs_does_not_hang_us(fake: FakeS3) -> None:
-    policy = RetryPolicy(attempts=2, base=0.01, seconds=0.3, bytes_per_second=1e9)
-    store = S3Storage("s3://bucket/run", options(fake), policy)
+@pytest.mark.parametrize("kind", [S3Storage, ObstoreStorage])
+def test_a_server_that_hangs_does_not_hang_us(fake: FakeS3, kind: type[S3Storage]) -> None:
+    retry = {"attempts": 2, "base": 0.01, "seconds": 0.3, "bytes_per_second": 1e9}
+    store = pickle.loads(pickle.dumps(kind("s3://bucket/run", options(fake, retry=retry))))
     fake.spoils = [Spoil("PUT", "hang", times=9, seconds=15.0)]
     began = time.monotonic()
     with pytest.raises(StorageError, match="x: write failed: no answer in time"):
