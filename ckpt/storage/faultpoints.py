@@ -119,7 +119,9 @@ def hit(point: str) -> None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: sent to the process, another thread could take the signal while this one
+        # runs past the point.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return
     if fault.action == "raise":
         raise InjectedFault(errno.EIO, f"injected fault at {point}")

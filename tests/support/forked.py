@@ -84,9 +84,15 @@ class Crew:
         os.kill(pid, number)
 
     def stopped(self, rank: int) -> bool:
-        """Whether a rank stands still by SIGSTOP."""
-        text = Path(f"/proc/{self.processes[rank].pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[0] == "T"
+        """Whether a rank stands still by SIGSTOP, each of its threads included."""
+        states = []
+        for task in Path(f"/proc/{self.processes[rank].pid}/task").iterdir():
+            try:
+                text = (task / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a thread that ended meanwhile
+            states.append(text.rpartition(")")[2].split()[0])
+        return bool(states) and all(state == "T" for state in states)
 
     def wait_stopped(self, rank: int, timeout: float) -> None:
         """Until a rank has stopped itself."""
