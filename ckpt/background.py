@@ -19,6 +19,7 @@ from .job import Job
 from .retain import Keeper
 from .save import EchoError, SavePipeline, SkippedSave
 from .storage.traffic import Traffic
+from .tier_group import TierGroup
 from .types import SaveMetrics
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,14 @@ class Background:
 
     Args:
         pipeline: what is done with a job.
-        keeper: rank 0's retention.
+        keeper: retention where steps are committed. At the root rank 0 applies it; in a tier only
+            remains of dead writers are its business.
         rank: this rank.
         nonce: begins the attempts of this manager.
         traffic: a reading of the store's meter.
         on_metrics: told the metrics of every save when it has ended, also of a skipped one.
         lost: called with every resumable job that did not become a step.
+        tiers: the local tiers, or None.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Background:
         traffic: Callable[[], Traffic],
         on_metrics: Callable[[SaveMetrics], object] | None,
         lost: Callable[[Job], object],
+        tiers: TierGroup | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._keeper = keeper
@@ -55,6 +59,7 @@ class Background:
         self._traffic = traffic
         self._on_metrics = on_metrics
         self._lost = lost
+        self._tiers = tiers
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-save")
         self._running: set[Future[None]] = set()
         self._errors: list[BaseException] = []
@@ -175,20 +180,26 @@ class Background:
             if not isinstance(error, EchoError):
                 self._errors.append(error)  # before the handle: who saw that fail finds this
             handle.refuse(error)
-        if self._rank == 0 and (error is None or isinstance(error, PublishError)):
+        if error is None or isinstance(error, PublishError):
             self._tidy(job)
         self._report(metrics)
 
     def _tidy(self, job: Job) -> None:
-        """Rank 0, after a commit: retention, and once the remains of dead writers."""
-        if job.resumable and job.step is not None:
-            self._keeper.committed(job.step, job.epoch, job.metrics)
-            self._keeper.prune_steps(job.epoch)
-            if not self._swept:
-                self._swept = True
-                self._keeper.sweep(job.epoch, self._nonce)
-        if job.publish:
-            self._keeper.prune_versions()
+        """After a commit: retention, and once the remains of dead writers."""
+        sweeps = self._rank == 0
+        if self._tiers is not None:
+            sweeps = self._tiers.leads
+            self._tiers.prune()
+            job.handle.metrics.extra.update(self._tiers.metrics())
+        elif self._rank == 0:
+            if job.resumable and job.step is not None:
+                self._keeper.committed(job.step, job.epoch, job.metrics)
+                self._keeper.prune_steps(job.epoch)
+            if job.publish:
+                self._keeper.prune_versions()
+        if sweeps and job.resumable and not self._swept:
+            self._swept = True
+            self._keeper.sweep(job.epoch, self._nonce)
 
     def _report(self, metrics: SaveMetrics) -> None:
         if self._on_metrics is None:

@@ -20,7 +20,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from .checksum import block_range, verify_block
 from .errors import DamagedError, NoCheckpoint, ObjectNotFound
 from .layout import MANIFEST, STEPS, WRITERS, parse_step_dir, parse_writer, step_dir, writer_path
-from .lineage import committed_lineage
+from .lineage import chain_end, committed_lineage
 from .manifest import StepManifest, WriterRecord
 from .storage.base import Storage
 from .types import FileRecord
@@ -145,9 +145,7 @@ def read_lineage(storage: Storage, found: Collection[tuple[int, int]]) -> Lineag
         raise DamagedError(msg)
     for epoch, problem in sorted(broken.items()):
         log.warning("%s; what lies behind the steps of writer %d does not count", problem, epoch)
-    end = head
-    while end in records and (parent := records[end].parent_epoch) is not None:
-        end = parent
+    end = chain_end(records, head)
     hidden = set() if end in records else {pair for pair in found if pair[1] < end}
     return Lineage(steps, frozenset(hidden.difference(steps)))
 
@@ -161,7 +159,7 @@ def check_writers(storage: Storage) -> Iterator[Problem]:
             _read_writer(storage, epoch)
         except DamagedError as error:
             yield Problem(writer_path(epoch), None, str(error))
-    orphans = [pair for pair in _step_dirs(storage) if pair[1] not in known]
+    orphans = [pair for pair in step_dirs(storage) if pair[1] not in known]
     for epoch in sorted({pair[1] for pair in orphans if _has_manifest(storage, *pair)}):
         path = writer_path(epoch)
         yield Problem(path, None, f"{storage.url}/{path} is missing")
@@ -186,7 +184,7 @@ def list_steps(storage: Storage) -> list[StepEntry]:
         DamagedError: a writer's record is damaged.
         StorageError: the store failed.
     """
-    found = _step_dirs(storage)
+    found = step_dirs(storage)
     lineage = set(read_lineage(storage, found).steps)
     return [_entry(storage, step, epoch, (step, epoch) in lineage) for step, epoch in found]
 
@@ -203,7 +201,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
         NoCheckpoint: there is no such step; says what there is.
         DamagedError: the step that was asked for by number is damaged.
     """
-    found = _step_dirs(storage)
+    found = step_dirs(storage)
     lineage = read_lineage(storage, found).steps
     if step is None:
         return _newest(storage, lineage)
@@ -247,7 +245,8 @@ def _no_such_step(
     return f"no step {step}{writer} in {storage.url}; newest steps: {have}{more}"
 
 
-def _step_dirs(storage: Storage) -> list[tuple[int, int]]:
+def step_dirs(storage: Storage) -> list[tuple[int, int]]:
+    """(step, epoch) of every step directory of a root, committed or not."""
     parsed = (parse_step_dir(entry.name) for entry in storage.list(STEPS) if entry.is_dir)
     return sorted(pair for pair in parsed if pair is not None)
 

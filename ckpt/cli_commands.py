@@ -34,6 +34,7 @@ from .cli_console import (
     write_json,
 )
 from .cli_convert import export_to_dcp, import_command
+from .cli_mirror import mirror_command
 from .cli_prune import pin_command, prune_command, unpin_command
 from .consolidate import consolidate
 from .errors import ConfigError, NoCheckpoint
@@ -339,3 +340,4 @@ def export_command(
 app.command("prune")(prune_command)
 app.command("pin")(pin_command)
 app.command("unpin")(unpin_command)
+app.command("mirror")(mirror_command)

@@ -173,8 +173,23 @@ def commit_step(
         StepExists: this writer has committed the step already.
         CommitUnknown: the manifest's fate could not be read back.
     """
-    data = manifest.to_bytes(checked)
     check_current(storage, manifest.epoch)
+    reveal_step(storage, where, manifest, checked)
+
+
+def reveal_step(
+    storage: Storage,
+    where: Place,
+    manifest: StepManifest,
+    checked: CheckedTensors | None = None,
+) -> None:
+    """As :func:`commit_step`, for a writer whose right to the step was checked already.
+
+    Raises:
+        StepExists: it is there already.
+        CommitUnknown: the manifest's fate could not be read back.
+    """
+    data = manifest.to_bytes(checked)
     hit("commit.before_manifest")
     try:
         if storage.has_rename:

@@ -7,7 +7,7 @@ CRC32 is checked, and its bytes are put where they belong: reading is parallel o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -59,6 +59,7 @@ def fetch(
     *,
     rank: int,
     world: int,
+    present: Collection[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The pieces' values as new CPU tensors, by name (one piece of a tensor at most).
 
@@ -69,12 +70,16 @@ def fetch(
         pieces: what this rank needs; names, shapes and dtypes are those of the manifest.
         rank: this rank; the ranks share the check of the bytes that no tensor owns.
         world: number of ranks.
+        present: the files that lie here, if some lie on other nodes; each rank then checks the
+            headers of all of these itself.
 
     Raises:
         DamagedError: bytes that do not verify, or a file that is too short or missing.
         StorageError: the store failed.
     """
-    values = fetch_pieces(storage, directory, manifest, pieces, share=(rank, world))
+    values = fetch_pieces(
+        storage, directory, manifest, pieces, share=(rank, world), present=present
+    )
     return {piece.name: value for piece, value in zip(pieces, values, strict=True)}
 
 
@@ -85,6 +90,7 @@ def fetch_pieces(
     pieces: Sequence[Piece],
     *,
     share: tuple[int, int] | None,
+    present: Collection[str] | None = None,
 ) -> list[torch.Tensor]:
     """As :func:`fetch`, in the order of the pieces; several may be of one tensor.
 
@@ -95,7 +101,7 @@ def fetch_pieces(
     values = [_stage(records[piece.name], piece, work) for piece in pieces]
     files = {record.name: record for record in manifest.files}
     if share is not None:
-        _add_headers(work, manifest, *share)
+        _add_headers(work, manifest, *share, present)
     runs = [
         (files[name], ranges, run)
         for name, ranges in work.ranges.items()
@@ -143,7 +149,9 @@ def _stage(record: TensorRecord, piece: Piece, work: _Work) -> torch.Tensor:
     return value
 
 
-def _add_headers(work: _Work, manifest: StepManifest, rank: int, world: int) -> None:
+def _add_headers(
+    work: _Work, manifest: StepManifest, rank: int, world: int, present: Collection[str] | None
+) -> None:
     """Have the shard headers verified too: each by one rank."""
     first: dict[str, Chunk] = {}
     for record in manifest.tensors:
@@ -151,7 +159,7 @@ def _add_headers(work: _Work, manifest: StepManifest, rank: int, world: int) -> 
             if chunk.file not in first or chunk.start < first[chunk.file].start:
                 first[chunk.file] = chunk
     for number, name in enumerate(sorted(first)):
-        if number % world == rank:
+        if number % world == rank if present is None else name in present:
             size = first[name].start
             header = _Range(0, size, memoryview(bytearray(size)))
             work.ranges.setdefault(name, []).append(header)

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from .arena import Arena, Slot
+from .errors import ConfigError
 from .handle import SaveHandle
 from .manifest import CheckedTensors
 from .plan import Layout
 from .state import SCHEMA, STATE_FORMAT, encode_state
 from .train_state import LiveTensors, TrainState
-from .types import AdapterExport, BaseIdentity, FileRecord, TensorRecord
+from .types import MODEL_PREFIX, AdapterExport, BaseIdentity, FileRecord, TensorRecord
 
 
 @dataclass(slots=True)
@@ -76,6 +79,27 @@ def save_topic(seq: int) -> str:
 def plan_topic(seq: int) -> str:
     """Topic of the planning that the ``seq``-th save may need."""
     return f"plan/{seq}"
+
+
+def subject(
+    state: TrainState, *, resumable: bool, publish: bool
+) -> tuple[AdapterExport | None, LiveTensors, dict[str, torch.Tensor]]:
+    """What a save is about: how the adapter is made, the live state, and the tensors to copy.
+
+    Raises:
+        ConfigError: a publish, and nobody said how the adapter is made.
+    """
+    export = state.export()
+    if publish and export is None:
+        msg = (
+            "publishing needs to know how the PEFT adapter is made: use apply_lora(), whose "
+            "models bring it along, or TrainState(export=...)"
+        )
+        raise ConfigError(msg)
+    live = state.live()
+    if resumable:
+        return export, live, live.tensors
+    return export, live, {n: t for n, t in live.tensors.items() if n.startswith(MODEL_PREFIX)}
 
 
 def encode_values(

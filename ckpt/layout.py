@@ -21,6 +21,12 @@ PINS = "pins"
 MANIFEST = "MANIFEST.json"
 """Written last into a step or version; its presence is the commit."""
 STATE = "state.json"
+TIER = "TIER.json"
+"""In a local tier only: its id and the root that it belongs to."""
+PART = "PART.json"
+"""In a step of a tier that one node has to itself: which of the step's files lie there."""
+MIRROR = "mirror"
+"""In a local tier only: locks, heartbeat and marks of the uploader."""
 LATEST = "LATEST"
 """A hint that is never trusted."""
 
@@ -45,6 +51,7 @@ _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)-v([0-9]{8})")
 _CLAIM_SUFFIX = ".claim.json"
 _LEASE_SUFFIX = ".json"
 _PIN_SUFFIX = ".json"
+_MARK = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]{0,120})\.(?P<outcome>[a-z]+)")
 
 
 def _number(what: str, value: int, low: int, high: int) -> int:
@@ -286,3 +293,17 @@ def parse_pin(file: str) -> str | None:
 def target_dir(name: str) -> str:
     """The directory of a step or version by its bare name (``steps/…`` or ``adapters/…``)."""
     return f"{STEPS if parse_step_dir(name) is not None else ADAPTERS}/{name}"
+
+
+def mark_path(name: str, outcome: str) -> str:
+    """``mirror/step-00000042.w0003.mirrored``: what became of a step or version of a tier."""
+    return f"{MIRROR}/{name}.{outcome}"
+
+
+def parse_mark(name: str) -> tuple[str, str] | None:
+    """(step or version, outcome) of a mark's file name in ``mirror/``, or None."""
+    match = _MARK.fullmatch(name)
+    if match is None:
+        return None
+    known = parse_step_dir(match["name"]) or parse_version_name(match["name"])
+    return (match["name"], match["outcome"]) if known else None

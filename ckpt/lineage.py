@@ -7,7 +7,7 @@ beyond that point is abandoned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .errors import DamagedError
 from .manifest import WriterRecord
@@ -53,3 +53,17 @@ def committed_lineage(
         limit = record.parent_step
         head = record.parent_epoch
     return lineage
+
+
+def chain_end(records: Mapping[int, WriterRecord], head: int) -> int:
+    """The epoch at which the chain that leads to ``head`` ends, as far as the records show it.
+
+    If ``records`` lacks that epoch, nobody can say whether older ones belong to the chain.
+
+    Args:
+        records: the readable records by epoch, as :func:`committed_lineage` accepts them.
+        head: the newest epoch; 0 if there is none.
+    """
+    while head in records and (parent := records[head].parent_epoch) is not None:
+        head = parent
+    return head

@@ -26,6 +26,7 @@ from .retain import Keeper
 from .save import SavePipeline
 from .staging import Staging
 from .storage import Storage, open_storage
+from .tier_group import join_tiers
 from .train_state import TrainState
 from .types import Retention, SaveMetrics
 from .vote import Board
@@ -50,6 +51,9 @@ class CheckpointManager:
     Args:
         root: directory or URL of one run.
         retention: what to keep.
+        local_tier: a local directory (disk or ``/dev/shm``; a path or ``file://`` URL) in which
+            steps commit; a process of its own mirrors them to ``root``. Ranks of one node share
+            one; nodes may have one each.
         storage_options: for fsspec (never stored or logged).
         process_group: the ranks that save together; the default group if None.
         run_name: first part of published versions' names (default ``"run"``).
@@ -74,6 +78,7 @@ class CheckpointManager:
         self,
         root: str | PathLike[str],
         *,
+        local_tier: str | PathLike[str] | None = None,
         retention: Retention | None = None,
         storage_options: Mapping[str, Any] | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -92,7 +97,8 @@ class CheckpointManager:
             msg = f"vote_timeout must be a positive number of seconds, got {vote_timeout!r}"
             raise ConfigError(msg)
         name = check_run_name(DEFAULT_RUN if run_name is None else run_name)
-        self._storage: Storage = open_storage(root, storage_options)
+        keep = retention or Retention()
+        self._root: Storage = open_storage(root, storage_options)
         self._ranks = join(process_group, vote_timeout)
         rank, world = self._ranks.rank, self._ranks.world
         self._board = Board(self._ranks.stores[0], rank, world, vote_timeout)
@@ -100,18 +106,21 @@ class CheckpointManager:
             self._ranks.stores[0], rank, world, RESTORE_PATIENCE * vote_timeout
         )
         self._background = Board(self._ranks.stores[1], rank, world, vote_timeout)
+        tiers = self._tiers = join_tiers(local_tier, root, self._root, self._board, keep)
+        storage = self._storage = self._root if tiers is None else tiers.storage
         self._pipeline = SavePipeline(
-            self._storage, self._background, run_name=name, publish_dtype=publish_dtype
+            storage, self._background, run_name=name, publish_dtype=publish_dtype, tiers=tiers
         )
-        self._planner = Planner(self._storage, self._board, fresh=fresh)
+        self._planner = Planner(self._root, self._board, fresh=fresh, tiers=tiers)
         self._work = Background(
             self._pipeline,
-            Keeper(self._storage, retention or Retention(), name),
+            Keeper(storage, keep, name),
             rank=rank,
             nonce=self._ranks.nonce,
-            traffic=lambda: self._storage.traffic,
+            traffic=lambda: storage.traffic,
             on_metrics=on_metrics,
             lost=lambda job: self._staging.taken.discard(job.step or 0),
+            tiers=tiers,
         )
         self._staging = Staging(
             self._planner,
@@ -125,6 +134,8 @@ class CheckpointManager:
         self._restores = 0
         self._report: RestoreReport | None = None
         self._closed = False
+        if tiers is not None:
+            tiers.start(root, self._ranks.nonce, name, storage_options)
 
     @property
     def last_restore(self) -> RestoreReport | None:
@@ -286,7 +297,15 @@ class CheckpointManager:
         self.wait()
         self._restores += 1
         topic = f"restore/{self._restores}"
-        report = restore(self._storage, self._restore_board, topic, state, step=step, strict=strict)
+        report = restore(
+            self._root,
+            self._restore_board,
+            topic,
+            state,
+            step=step,
+            strict=strict,
+            tier=None if self._tiers is None else self._tiers.tier,
+        )
         self._report = report
         self._planner.restored(report)
         self._staging.taken.clear()
@@ -301,8 +320,22 @@ class CheckpointManager:
         """
         self._work.wait(timeout)
 
+    def wait_mirrored(self, timeout: float | None = None) -> None:
+        """With a local tier: block until all that it holds is at the root, too.
+
+        Raises:
+            VoteTimeout: not within ``timeout`` seconds; says what is left and why.
+            DamagedError: something in the tier does not verify and was not mirrored.
+            CkptError: as for :meth:`wait`, which comes first.
+        """
+        self.wait(timeout)
+        if self._tiers is not None:
+            self._tiers.wait_mirrored(timeout)
+
     def close(self) -> None:
         """Finish what is under way, leave the other ranks, and raise what failed.
+
+        With a local tier, the uploader goes on by itself until everything is at the root.
 
         Raises:
             CkptError: the first error of the background.
@@ -312,6 +345,8 @@ class CheckpointManager:
         self._closed = True
         self._preemption.release()
         self._work.finish()
+        if self._tiers is not None:
+            self._tiers.close()
         self._board.farewell(min(self._vote_timeout, FAREWELL_SECONDS))
         self._ranks.release()
         self._planner.release()
@@ -319,8 +354,9 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Numbers of the steps that a restore may choose from, oldest first (reads storage)."""
-        entries = list_steps(self._storage)
-        return sorted({entry.step for entry in entries if entry.state == "committed"})
+        entries = list_steps(self._root)
+        found = {entry.step for entry in entries if entry.state == "committed"}
+        return sorted(found if self._tiers is None else found | self._tiers.steps())
 
     def __enter__(self) -> Self:
         return self

@@ -94,6 +94,8 @@ class Layout:
         records: every tensor of the checkpoint with ``file`` set to the writing rank's number;
             known on rank 0 only.
         mesh: the device meshes in use, for the manifest; None for plain tensors.
+        copies: replicas that lie in files beside what the manifest names, because a node with a
+            tier of its own needs them there; known on rank 0 only.
     """
 
     fingerprint: str
@@ -103,6 +105,7 @@ class Layout:
     writers: tuple[int, ...]
     records: tuple[TensorRecord, ...]
     mesh: dict[str, Any] | None
+    copies: tuple[TensorRecord, ...] = ()
 
 
 def local_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
@@ -224,6 +227,33 @@ def assign(pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     return assigned
 
 
+def with_copies(
+    pieces: Sequence[Sequence[Piece]],
+    assigned: Sequence[Sequence[Piece]],
+    groups: Sequence[Sequence[int]],
+) -> list[list[Piece]]:
+    """What every rank stores, so that the ranks of each group find in it all that they hold.
+
+    Args:
+        pieces: what every rank holds, by rank.
+        assigned: what :func:`assign` gave; each rank stores at least that.
+        groups: the ranks that share a tier.
+    """
+    stored = [{piece.name for piece in mine} for mine in assigned]
+    for group in groups:
+        there = {(p.name, p.offsets, p.sizes) for rank in group for p in assigned[rank]}
+        for rank in group:
+            for piece in pieces[rank]:
+                box = (piece.name, piece.offsets, piece.sizes)
+                if not piece.empty and box not in there:
+                    there.add(box)
+                    stored[rank].add(piece.name)
+    return [
+        [piece for piece in held if piece.name in names]
+        for held, names in zip(pieces, stored, strict=True)
+    ]
+
+
 def shard_layout(pieces: Sequence[Piece]) -> ShardLayout | None:
     """The byte layout of the file with these pieces, or None if there are none."""
     if not pieces:
@@ -243,17 +273,20 @@ def shard_layout(pieces: Sequence[Piece]) -> ShardLayout | None:
 
 
 def tensor_records(
-    everything: Sequence[Piece], assigned: Sequence[Sequence[Piece]]
+    everything: Sequence[Piece],
+    assigned: Sequence[Sequence[Piece]],
+    stored: Sequence[Sequence[Piece]] | None = None,
 ) -> tuple[TensorRecord, ...]:
     """The manifest's tensors, sorted by name; ``Chunk.file`` is the writing rank's number.
 
     Args:
         everything: one rank's pieces (they name every tensor, also one without elements).
-        assigned: what :func:`assign` gave.
+        assigned: the pieces that become chunks, by rank; :func:`assign` gives them.
+        stored: all that lies in each rank's file, if that is more.
     """
     chunks: dict[str, list[Chunk]] = {piece.name: [] for piece in everything}
     for rank, mine in enumerate(assigned):
-        layout = shard_layout(mine)
+        layout = shard_layout(mine if stored is None else stored[rank])
         if layout is None:
             continue
         for piece in mine:
@@ -264,6 +297,19 @@ def tensor_records(
         for piece in everything
     ]
     return tuple(sorted(records, key=lambda record: record.name))
+
+
+def extra_records(
+    everything: Sequence[Piece],
+    assigned: Sequence[Sequence[Piece]],
+    stored: Sequence[Sequence[Piece]],
+) -> tuple[TensorRecord, ...]:
+    """As :func:`tensor_records`, for what is stored but not assigned; without empty records."""
+    extra = [
+        [piece for piece in all_of_it if piece not in mine]
+        for mine, all_of_it in zip(assigned, stored, strict=True)
+    ]
+    return tuple(r for r in tensor_records(everything, extra, stored) if r.chunks)
 
 
 def read_items(record: TensorRecord, piece: Piece) -> list[tuple[Chunk, ReadItem]]:

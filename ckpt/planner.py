@@ -16,14 +16,18 @@ from .plan import (
     Layout,
     Piece,
     assign,
+    extra_records,
     fingerprint,
     local_pieces,
     mesh_json,
     shard_layout,
     tensor_records,
+    with_copies,
 )
 from .restore import RestoreReport
 from .storage import Storage
+from .tier_group import TierGroup
+from .types import TensorRecord
 from .vote import Board, RemoteFailure
 
 
@@ -53,12 +57,16 @@ class Planner:
         storage: the root.
         board: the caller thread's access to the other ranks.
         fresh: start a new run over whatever the root holds.
+        tiers: the local tiers, or None.
     """
 
-    def __init__(self, storage: Storage, board: Board, *, fresh: bool) -> None:
+    def __init__(
+        self, storage: Storage, board: Board, *, fresh: bool, tiers: TierGroup | None = None
+    ) -> None:
         self._storage = storage
         self._board = board
         self._fresh = fresh
+        self._tiers = tiers
         self._cache: dict[str, CachedLayout] = {}
         self._epoch: int | None = None
         self._report: RestoreReport | None = None
@@ -122,10 +130,17 @@ class Planner:
             topic,
             {"step": step, "kind": kind, "pieces": [piece.to_json() for piece in held]},
         )
-        assigned: list[list[Piece]] = []
+        records: tuple[TensorRecord, ...] = ()
+        copies: tuple[TensorRecord, ...] = ()
         if board.rank == 0:
             try:
-                assigned = self._decide_plan(topic, seq, step, kind)
+                pieces = self._gather(topic, seq, step, kind)
+                assigned = assign(pieces)
+                stored = assigned
+                if self._tiers is not None and kind == "step":
+                    stored = with_copies(pieces, assigned, self._tiers.groups)
+                records = tensor_records(held, assigned, stored)
+                copies = extra_records(held, assigned, stored)
                 epoch = self._claim()
             except (CkptError, RemoteFailure) as error:
                 failure = board.abort(topic, error)
@@ -133,7 +148,7 @@ class Planner:
                 if isinstance(error, RemoteFailure):
                     raise failure.rebuild() from None
                 raise
-            names = [[piece.name for piece in mine] for mine in assigned]
+            names = [[piece.name for piece in mine] for mine in stored]
             decision: dict[str, Any] = {"epoch": epoch, "assigned": names}
             board.decide(topic, decision)
         else:
@@ -141,6 +156,8 @@ class Planner:
             if verdict.failure is not None:
                 raise verdict.failure.rebuild()
             decision = verdict.value
+        if self._tiers is not None and decision["epoch"] != self._epoch:
+            self._tiers.claimed(decision["epoch"])
         wanted = set(decision["assigned"][board.rank])
         mine = tuple(piece for piece in held if piece.name in wanted)
         layout = Layout(
@@ -149,12 +166,14 @@ class Planner:
             mine=mine,
             shard=shard_layout(mine),
             writers=tuple(r for r, names in enumerate(decision["assigned"]) if names),
-            records=tensor_records(held, assigned) if board.rank == 0 else (),
+            records=records,
             mesh=mesh_json(tensors),
+            copies=copies,
         )
         return layout, decision["epoch"]
 
-    def _decide_plan(self, topic: str, seq: int, step: int | None, kind: str) -> list[list[Piece]]:
+    def _gather(self, topic: str, seq: int, step: int | None, kind: str) -> list[list[Piece]]:
+        """Rank 0: what every rank holds, if all of them plan the same save."""
         answers = self._board.gather(topic, contrary=save_topic(seq))
         for rank, answer in enumerate(answers):
             for what, mine in (("step", step), ("kind", kind)):
@@ -164,13 +183,15 @@ class Planner:
                         f"{answer[what]} on rank {rank}"
                     )
                     raise PlanError(msg)
-        return assign([[Piece.from_json(p) for p in answer["pieces"]] for answer in answers])
+        return [[Piece.from_json(p) for p in answer["pieces"]] for answer in answers]
 
     def _claim(self) -> int:
         """Rank 0: become the root's writer, once for each branch of the run."""
         if self._epoch is not None:
             return self._epoch
         report = self._report
+        if self._tiers is not None:
+            self._tiers.check_restored(restored=report is not None, fresh=self._fresh)
         parent = None
         if report is not None and report.step is not None and report.epoch is not None:
             parent = Parent(report.epoch, report.step)

@@ -61,6 +61,7 @@ def publish_version(
     attempt: str,
     base: BaseIdentity | None,
     probe: Mapping[str, Any] | None = None,
+    authority: Storage | None = None,
 ) -> VersionManifest:
     """Publish an adapter under the run's next number.
 
@@ -76,6 +77,8 @@ def publish_version(
         attempt: id of this try.
         base: the base model the adapter belongs to.
         probe: outputs that an engine with this version loaded must show.
+        authority: where numbers are claimed and writers are known, if that is not ``storage``: the
+            root, when ``storage`` is a tier from which the version is mirrored to it.
 
     Raises:
         ConfigError: the run's name is no safe name.
@@ -84,9 +87,10 @@ def publish_version(
     """
     check_run_name(run)
     claimed: str | None = None
+    authority = authority or storage
     try:
         plan = plan_adapter(export, source.records, dtype)
-        number = _claim(storage, run, epoch, attempt)
+        number = _claim(authority, run, epoch, attempt)
         claimed = version_name(run, number)
         weights = WeightsFile(plan.size, stream_adapter(plan, source))
         directory = _work_dir(storage, run, number, attempt)
@@ -106,7 +110,7 @@ def publish_version(
             files=written.files,
             probe=probe,
         )
-        _refuse_superseded(storage, epoch)
+        _refuse_superseded(authority, epoch)
         _commit(storage, directory, version_dir(run, number), manifest.to_bytes())
         return manifest
     except Exception as error:

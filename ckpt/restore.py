@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .arena import local_tensor
-from .catalog import check_sizes, read_lineage
+from .catalog import check_sizes, read_lineage, step_dirs
 from .commit import newest_epoch
 from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StateError, StorageError
 from .fetch import fetch
-from .layout import MANIFEST, STEPS, check_step, parse_step_dir, step_dir
+from .layout import MANIFEST, check_step, step_dir
 from .manifest import StepManifest
 from .match import Staged, check_base, match, read_state
 from .plan import local_pieces
 from .storage import Storage
+from .tier import Tier
 from .train_state import TrainState
 from .vote import Board, RemoteFailure
 
@@ -48,10 +49,11 @@ class RestoreReport:
         step: the restored step, or None for an empty root.
         epoch: the writer epoch it belongs to, or None.
         seen_epoch: the newest writer epoch at that moment; known on rank 0 only.
-        damaged: newer steps that did not verify.
+        damaged: newer steps, and copies in the local tier, that did not verify.
         missing: live names (or sections) that the checkpoint lacks (``strict=False`` only).
         extra: names of the checkpoint that are not live (``strict=False`` only).
         notes: what could not carry over exactly.
+        local: whether it was read from the local tier.
     """
 
     step: int | None
@@ -61,6 +63,20 @@ class RestoreReport:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A step to try, and whether in the local tiers or at the root."""
+
+    step: int
+    epoch: int
+    local: bool
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.step, self.epoch
 
 
 def restore(
@@ -71,8 +87,12 @@ def restore(
     *,
     step: int | None,
     strict: bool,
+    tier: Tier | None = None,
 ) -> RestoreReport:
     """Bring the newest valid step (or the one asked for) into the live state.
+
+    The copy in the local tiers is taken if every rank can verify what it needs of it there,
+    otherwise the one at the root; which it is, is decided once for all ranks.
 
     Args:
         storage: the root.
@@ -81,8 +101,10 @@ def restore(
         state: the live state.
         step: a step number, or None for the newest that verifies.
         strict: refuse a difference in names between the checkpoint and the live state.
+        tier: this rank's local tier, or None on all ranks.
 
     Raises:
+        ConfigError: rank 0's tier holds steps of another run.
         NoCheckpoint: no such step, or none of the root's steps is whole.
         DamagedError: the step asked for does not verify.
         StateError: names, shapes or dtypes differ, and nothing was changed; or a live object
@@ -92,28 +114,33 @@ def restore(
         SaveAborted: another rank failed; nothing was changed.
     """
     seen = 0
-    candidates: list[tuple[int, int]] = []
+    candidates: list[_Candidate] = []
     if board.rank == 0:
         try:
             seen = newest_epoch(storage)
-            candidates = _candidates(storage, step)
+            candidates = _candidates(storage, step, tier)
         except CkptError as error:
             board.abort(f"{topic}/0/proposal", error)
             raise
     damaged: list[DamagedStep] = []
     for number in _count():
         here = f"{topic}/{number}"
-        pair = _propose(board, here, candidates[number : number + 1], damaged)
-        if pair is None:
+        proposed = candidates[number : number + 1]
+        found = _propose(board, here, proposed, damaged, asked=step is not None)
+        if found is None:
             return RestoreReport(None, None, seen, tuple(damaged))
-        staged = _agree(storage, board, here, state, pair, damaged, strict=strict)
+        staged = _agree(storage, tier, board, here, state, found, damaged, strict=strict)
         if staged is not None:
             notes = _apply(state, staged, board)
             return RestoreReport(
-                *pair, seen, tuple(damaged), staged.missing, staged.extra, tuple(notes)
+                *found.pair,
+                seen,
+                tuple(damaged),
+                staged.missing,
+                staged.extra,
+                tuple(notes),
+                found.local,
             )
-        if step is not None:
-            raise DamagedError(damaged[-1].reason)
     raise AssertionError  # the loop above only ends by return or raise
 
 
@@ -124,54 +151,85 @@ def _count() -> Iterable[int]:
         number += 1
 
 
-def _candidates(storage: Storage, step: int | None) -> list[tuple[int, int]]:
-    """(step, epoch) pairs to try, best first."""
-    parsed = [parse_step_dir(entry.name) for entry in storage.list(STEPS) if entry.is_dir]
-    found = [pair for pair in parsed if pair is not None]
-    lineage = read_lineage(storage, found).steps
+def _candidates(storage: Storage, step: int | None, tier: Tier | None) -> list[_Candidate]:
+    """What to try, best first: by lineage, and of each step the local copy before the root's.
+
+    Raises:
+        ConfigError: the tier holds steps of another run.
+        NoCheckpoint: there is no such step.
+    """
+    items = [] if tier is None else tier.check_run(storage)
+    here = {item.pair for item in items if item.pair is not None}
+    there = set(step_dirs(storage))
+    known = here | there
+    lineage = read_lineage(storage, known).steps
     if not storage.has_rename:
         # An object store shows unfinished attempts too; without a manifest they are no steps.
-        lineage = [p for p in lineage if storage.exists(f"{step_dir(*p)}/{MANIFEST}")]
-    if step is None:
-        return lineage
-    check_step(step)
-    wanted = [pair for pair in lineage if pair[0] == step]
-    if not wanted:
-        have = ", ".join(str(pair[0]) for pair in lineage[:8]) or "none"
-        hint = ""
-        if any(pair[0] == step for pair in found):
-            hint = "; it was abandoned when a later writer resumed from before it"
-        msg = f"no step {step} in {storage.url}{hint}; newest steps: {have}"
-        raise NoCheckpoint(msg)
-    return wanted[:1]
+        there = {p for p in lineage if p in there and storage.exists(f"{step_dir(*p)}/{MANIFEST}")}
+    lineage = [pair for pair in lineage if pair in here or pair in there]
+    wanted = lineage
+    if step is not None:
+        check_step(step)
+        wanted = [pair for pair in lineage if pair[0] == step][:1]
+        if not wanted:
+            raise NoCheckpoint(_no_such_step(storage, step, lineage, known))
+    return [
+        _Candidate(*pair, local)
+        for pair in wanted
+        for local, place in ((True, here), (False, there))
+        if pair in place
+    ]
+
+
+def _no_such_step(
+    storage: Storage,
+    step: int,
+    lineage: Sequence[tuple[int, int]],
+    found: Iterable[tuple[int, int]],
+) -> str:
+    have = ", ".join(str(pair[0]) for pair in lineage[:8]) or "none"
+    hint = ""
+    if any(pair[0] == step for pair in found):
+        hint = "; it was abandoned when a later writer resumed from before it"
+    return f"no step {step} in {storage.url}{hint}; newest steps: {have}"
 
 
 def _propose(
-    board: Board, topic: str, candidate: list[tuple[int, int]], damaged: list[DamagedStep]
-) -> tuple[int, int] | None:
+    board: Board,
+    topic: str,
+    candidate: list[_Candidate],
+    damaged: list[DamagedStep],
+    *,
+    asked: bool,
+) -> _Candidate | None:
     """Rank 0 names the next step to try; all ranks learn it. None: the root is empty."""
     if board.rank == 0:
         if not candidate and damaged:
             reasons = "; ".join(entry.reason for entry in damaged)
-            error = NoCheckpoint(f"none of the {len(damaged)} step(s) verifies: {reasons}")
+            error: CkptError = NoCheckpoint(
+                f"none of the {len(damaged)} step(s) verifies: {reasons}"
+            )
+            if asked:
+                error = DamagedError(reasons)
             board.abort(f"{topic}/proposal", error)
             raise error
-        value = list(candidate[0]) if candidate else None
+        value = asdict(candidate[0]) if candidate else None
         board.decide(f"{topic}/proposal", value)
     else:
         verdict = board.verdict(f"{topic}/proposal")
         if verdict.failure is not None:
             raise verdict.failure.rebuild(keep=True)
         value = verdict.value
-    return None if value is None else (value[0], value[1])
+    return None if value is None else _Candidate(**value)
 
 
 def _agree(
     storage: Storage,
+    tier: Tier | None,
     board: Board,
     topic: str,
     state: TrainState,
-    pair: tuple[int, int],
+    found: _Candidate,
     damaged: list[DamagedStep],
     *,
     strict: bool,
@@ -180,7 +238,7 @@ def _agree(
     staged: Staged | None = None
     own: CkptError | None = None
     try:
-        staged, digest = _stage(storage, state, pair, board, strict=strict)
+        staged, digest = _stage(storage, tier, state, found, board, strict=strict)
         board.answer(f"{topic}/check", {"digest": digest})
     except DamagedError as error:
         board.answer(f"{topic}/check", {"damaged": str(error)})
@@ -201,10 +259,11 @@ def _agree(
         value = verdict.value
     if value is None:
         return staged
-    step, epoch = pair
-    reason = f"step {step} (writer {epoch}) of {storage.url} is damaged: {value}"
+    reason = f"step {found.step} (writer {found.epoch}) of {storage.url} is damaged: {value}"
+    if found.local:
+        reason = f"step {found.step} (writer {found.epoch}) is not whole in the local tier: {value}"
     logger.warning("%s; it is passed over", reason)
-    damaged.append(DamagedStep(step, epoch, reason))
+    damaged.append(DamagedStep(*found.pair, reason))
     return None
 
 
@@ -219,7 +278,13 @@ def _tally(answers: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _stage(
-    storage: Storage, state: TrainState, pair: tuple[int, int], board: Board, *, strict: bool
+    root: Storage,
+    tier: Tier | None,
+    state: TrainState,
+    found: _Candidate,
+    board: Board,
+    *,
+    strict: bool,
 ) -> tuple[Staged, str]:
     """Read and check everything this rank needs; nothing live changes.
 
@@ -227,17 +292,21 @@ def _stage(
         DamagedError: the step does not verify.
         StateError: it does not fit the live state.
     """
-    directory = step_dir(*pair)
+    storage = tier.storage if found.local and tier is not None else root
+    directory = step_dir(*found.pair)
     where = f"{storage.url}/{directory}/{MANIFEST}"
     manifest: StepManifest | None = None
     try:
         data = storage.read(f"{directory}/{MANIFEST}")
         manifest = StepManifest.from_bytes(data, where)
-        if (manifest.step, manifest.epoch) != pair:
+        if (manifest.step, manifest.epoch) != found.pair:
             msg = f"{where} is that of step {manifest.step}, writer {manifest.epoch}"
             raise DamagedError(msg)
-        if board.rank == 0:
-            for problem in check_sizes(storage, directory, manifest.files):
+        part = tier.part(directory) if found.local and tier is not None else None
+        present = None if part is None else part.files
+        if board.rank == 0 or found.local:  # a tier is cheap to ask, and is each node's own
+            files = [f for f in manifest.files if present is None or f.name in present]
+            for problem in check_sizes(storage, directory, files):
                 raise DamagedError(problem.message)
         shared, ranks = read_state(storage, directory, manifest)
         check_base(state, manifest)
@@ -245,11 +314,18 @@ def _stage(
         staged = match(state, live, manifest, shared, ranks, strict=strict)
         pieces = local_pieces(staged.targets)
         staged.values = fetch(
-            storage, directory, manifest, pieces, rank=board.rank, world=board.world
+            storage,
+            directory,
+            manifest if part is None else part.localised(manifest),
+            pieces,
+            rank=board.rank,
+            world=board.world,
+            present=present,
         )
-    except ObjectNotFound as error:
-        raise DamagedError(str(error)) from error
     except StorageError as error:
+        # A disk of the node that cannot be read is no reason not to ask the root.
+        if found.local or isinstance(error, ObjectNotFound):
+            raise DamagedError(str(error)) from error
         # A read behind the end of a cut file, most likely; then it is damage, not a broken store,
         # and every rank has to see it as that.
         if manifest is not None:

@@ -25,21 +25,15 @@ from .errors import (
     SaveAborted,
     Superseded,
 )
-from .job import (
-    Job,
-    TensorTable,
-    compose_state,
-    file_record_of,
-    plan_topic,
-    save_topic,
-)
+from .job import Job, TensorTable, compose_state, file_record_of, located, plan_topic, save_topic
 from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
 from .plan import Piece, difference
 from .publish import publish_version
-from .slot_source import SlotSource
+from .slot_source import Files, PartedFiles, SlotSource
 from .source import StepSource
 from .storage import Storage, put_checked
+from .tier_group import TierGroup
 from .types import FileRecord
 from .vote import Board, Failure, RemoteFailure
 
@@ -58,19 +52,28 @@ class SavePipeline:
     """Everything that a manager's background thread does with a job.
 
     Args:
-        storage: the root.
+        storage: where steps are committed and versions made: the root, or the local tier.
         board: this thread's access to the other ranks.
         run_name: first part of the names of published versions.
         publish_dtype: dtype of published adapters.
+        tiers: the local tiers, or None.
     """
 
     def __init__(
-        self, storage: Storage, board: Board, *, run_name: str, publish_dtype: str
+        self,
+        storage: Storage,
+        board: Board,
+        *,
+        run_name: str,
+        publish_dtype: str,
+        tiers: TierGroup | None = None,
     ) -> None:
         self._storage = storage
         self._board = board
         self._run_name = run_name
         self._publish_dtype = publish_dtype
+        self._tiers = tiers
+        self._split = tiers if tiers is not None and tiers.split else None
         self._done_topics: list[str] = []
         self._tensors = TensorTable()
 
@@ -100,6 +103,8 @@ class SavePipeline:
             self._board.fail(topic, error, echo=echo)
             if self._board.rank == 0:
                 self._board.abort(topic, error, echo=echo)
+        if self._split is not None and self._board.rank == 0:
+            self._split.abort(self._board, save_topic(seq), error)
 
     def _persist(self, job: Job) -> StepManifest | None:
         """Write, vote, and on rank 0 commit; returns the manifest there."""
@@ -119,15 +124,21 @@ class SavePipeline:
         began = time.perf_counter()
         manifest: StepManifest | None = None
         failure: Failure | None
+        ahead = False
         if board.rank == 0:
             manifest, failure, problem = self._coordinate(job, where)
             own = own or problem
         else:
+            ahead = (
+                job.resumable
+                and self._split is not None
+                and self._split.follow(board, job.topic, where)
+            )
             failure = board.verdict(job.topic).failure
         if failure is not None:
             # While the manifest's fate is open, the step may exist and need its files.
             if failure.kind != CommitUnknown.__name__:
-                discard(self._storage, where.scratch)
+                discard(self._storage, where.final if ahead else where.scratch)
             raise aborted(job, failure, board.rank, own)
         job.handle.metrics.commit_ms = 1e3 * (time.perf_counter() - began)
         return manifest
@@ -141,16 +152,28 @@ class SavePipeline:
         try:
             ballots = board.gather(job.topic, contrary=contrary)
             board.forget(self._done_topics)
-            self._done_topics = [job.topic, plan_topic(job.seq), f"{job.topic}/version"]
+            self._done_topics = [
+                job.topic,
+                plan_topic(job.seq),
+                *(f"{job.topic}/{what}" for what in ("version", "tiers")),
+            ]
             self._check_ballots(job, ballots)
             manifest = self._manifest(job, where, ballots)
+            if self._tiers is not None:
+                self._tiers.check_current(job.epoch)
             if job.resumable:
                 checked = self._tensors.checked(manifest.tensors, manifest.files)
-                commit_step(self._storage, where, manifest, checked)
+                if self._split is not None:
+                    copies = located(job.layout.copies, job.files)
+                    self._split.commit(board, job.topic, where, manifest, copies)
+                else:
+                    commit_step(self._storage, where, manifest, checked)
         except Exception as error:  # noqa: BLE001 - put to the vote: every rank raises it
             cause = self._explain(job, error)
             # A rank that plans while this one does not waits on the other topic.
             board.abort(plan_topic(job.seq), cause)
+            if self._split is not None:
+                self._split.abort(board, job.topic, cause)
             return None, board.abort(job.topic, cause), cause
         board.decide(job.topic, None)
         return manifest, None, None
@@ -163,14 +186,20 @@ class SavePipeline:
             # A version is made on rank 0, which has these bytes in its slot.
             return FileRecord(where.name(shard_name(0, self._board.world)), job.slot.nbytes, 0, ())
         name = shard_name(self._board.rank, self._board.world)
-        return put_checked(
-            self._storage, where.path(name), job.slot.buffer(), name=where.name(name)
-        )
+        data = job.slot.buffer()
+        record: FileRecord | None = None
+        if job.publish and self._split is not None and not self._split.near(self._board.rank):
+            # Rank 0 cannot see this rank's tier; the root is what both can reach.
+            path = f"{_parts(job)}/{name}"
+            record = put_checked(self._split.remote, path, data, name=where.name(name))
+        if job.resumable or record is None:
+            record = put_checked(self._storage, where.path(name), data, name=where.name(name))
+        return record
 
     def _place(self, job: Job) -> Place:
         if job.resumable and job.step is not None:
             return place(self._storage, job.step, job.epoch, job.attempt)
-        parts = f"{ADAPTERS}/.parts-{job.attempt}"
+        parts = _parts(job)
         return Place(base=parts, prefix="", scratch=parts, final=parts)
 
     def _ballot(self, job: Job, record: FileRecord | None) -> dict[str, Any]:
@@ -220,6 +249,8 @@ class SavePipeline:
         for rank, record in job.files.items():
             if not job.resumable and rank == 0:
                 continue  # its bytes stay in the slot
+            if self._split is not None and not self._split.near(rank):
+                continue  # its own tier's leader looks at it
             path = f"{where.base}/{record.name}"
             size = storage.size(path)
             if size != record.size:
@@ -300,6 +331,7 @@ class SavePipeline:
             raise AssertionError
         try:
             source = self._source(job, manifest, where)
+            authority = None if self._tiers is None else self._tiers.remote
             version = publish_version(
                 self._storage,
                 run=self._run_name,
@@ -311,6 +343,7 @@ class SavePipeline:
                 epoch=job.epoch,
                 attempt=job.attempt,
                 base=job.base,
+                authority=authority,
             )
         except Exception as error:
             self._board.abort(topic, error)
@@ -318,6 +351,8 @@ class SavePipeline:
         finally:
             if not job.resumable and self._board.world > 1:
                 discard(self._storage, where.scratch)
+            if self._split is not None:
+                discard(self._split.remote, _parts(job))
         self._board.decide(topic, version.to_bytes().decode())
         return version
 
@@ -328,8 +363,17 @@ class SavePipeline:
             return SlotSource(tensors, job.slot, record.name, None)
         directory = where.final
         own = job.files.get(0)
-        stored = StepSource(self._storage, directory, manifest)
+        stored: Files = StepSource(self._storage, directory, manifest)
+        if self._split is not None:
+            away = {f.name for r, f in job.files.items() if not self._split.near(r)}
+            parts = StepSource(self._split.remote, _parts(job), manifest)
+            stored = PartedFiles(stored, parts, away)
         return SlotSource(manifest.tensors, job.slot, None if own is None else own.name, stored)
+
+
+def _parts(job: Job) -> str:
+    """Where ranks lay down what rank 0 needs for a version and cannot read otherwise."""
+    return f"{ADAPTERS}/.parts-{job.attempt}"
 
 
 def aborted(job: Job, failure: Failure, rank: int, own: BaseException | None) -> CkptError:

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from .arena import Slot
 from .errors import DamagedError
-from .source import StepSource
 from .storage.base import Buffer
 from .types import TensorRecord
+
+
+class Files(Protocol):
+    """Byte ranges of named files."""
+
+    def read(self, file: str, start: int, end: int) -> Buffer:
+        """Bytes ``[start, end)`` of a file."""
+        ...
+
+
+class PartedFiles:
+    """Files of one snapshot of which some lie in another store.
+
+    Args:
+        near: where most of them are.
+        far: where the others are.
+        names: which the others are.
+    """
+
+    def __init__(self, near: Files, far: Files, names: Collection[str]) -> None:
+        self._near = near
+        self._far = far
+        self._names = frozenset(names)
+
+    def read(self, file: str, start: int, end: int) -> Buffer:
+        """Verified bytes ``[start, end)`` of a file, from where it lies."""
+        return (self._far if file in self._names else self._near).read(file, start, end)
 
 
 class SlotSource:
@@ -19,7 +46,7 @@ class SlotSource:
         tensors: Sequence[TensorRecord],
         slot: Slot | None,
         own_file: str | None,
-        stored: StepSource | None,
+        stored: Files | None,
     ) -> None:
         self._records = {record.name: record for record in tensors}
         self._slot = slot

@@ -10,13 +10,13 @@ import torch
 from .arena import local_tensor
 from .background import Background
 from .busy import BusyRule
-from .errors import ConfigError, StepExists
+from .errors import StepExists
 from .handle import SaveHandle
-from .job import Job, encode_values
+from .job import Job, encode_values, subject
 from .planner import Planner
 from .save import EchoError
 from .train_state import TrainState
-from .types import MODEL_PREFIX, SaveMetrics
+from .types import SaveMetrics
 
 
 class Staging:
@@ -111,17 +111,7 @@ class Staging:
         if resumable and step in self.taken:
             msg = f"step {step} was saved already by this writer; committed steps are immutable"
             raise StepExists(msg)
-        export = state.export()
-        if publish and export is None:
-            msg = (
-                "publishing needs to know how the PEFT adapter is made: use apply_lora(), whose "
-                "models bring it along, or TrainState(export=...)"
-            )
-            raise ConfigError(msg)
-        live = state.live()
-        tensors = live.tensors
-        if not resumable:
-            tensors = {n: t for n, t in tensors.items() if n.startswith(MODEL_PREFIX)}
+        export, live, tensors = subject(state, resumable=resumable, publish=publish)
         cached, planned, epoch = self._planner.layout(seq, step, tensors, resumable=resumable)
         shared, mine = encode_values(state, live, resumable=resumable)
         slot = cached.arena.acquire(patience)

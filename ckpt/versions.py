@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from .catalog import Problem, check_bytes, check_sizes
-from .checksum import block_range, verify_block
 from .errors import DamagedError, NoCheckpoint, ObjectNotFound
 from .holds import remove_unless_held
 from .layout import (
@@ -27,8 +26,7 @@ from .layout import (
 )
 from .manifest import VersionManifest
 from .peft import CONFIG_NAME, WEIGHTS_NAME, WeightsFile, WrittenAdapter, write_adapter_dir
-from .storage.base import Storage
-from .types import FileRecord
+from .storage import Storage, verified_blocks
 
 _FILES: Final = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt")
@@ -223,16 +221,8 @@ def export_version(
     files = {file.name: file for file in manifest.files}
     weights = files[WEIGHTS_NAME]
     config = json.loads(storage.read(f"{path}/{CONFIG_NAME}"))
-    stream = WeightsFile(weights.size, _verified_blocks(storage, path, weights))
+    stream = WeightsFile(weights.size, verified_blocks(storage, f"{path}/{WEIGHTS_NAME}", weights))
     written = write_adapter_dir(
         out, stream, config, overwrite=overwrite, storage_options=out_storage_options
     )
     return manifest, written
-
-
-def _verified_blocks(storage: Storage, path: str, record: FileRecord) -> Iterator[bytes]:
-    where = f"{path}/{record.name}"
-    for index in range(len(record.block_crc32)):
-        data = storage.read(where, *block_range(record, index))
-        verify_block(record, index, data, f"{storage.url}/{where}")
-        yield data

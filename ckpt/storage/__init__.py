@@ -10,11 +10,20 @@ from urllib.parse import unquote, urlsplit
 from ckpt.errors import ConfigError
 
 from .base import Buffer, Entry, Storage
-from .checked import put_checked, read_checked
+from .checked import put_checked, read_checked, verified_blocks
 from .posix import PosixStorage
 from .traffic import Traffic
 
-__all__ = ["Buffer", "Entry", "Storage", "Traffic", "open_storage", "put_checked", "read_checked"]
+__all__ = [
+    "Buffer",
+    "Entry",
+    "Storage",
+    "Traffic",
+    "open_storage",
+    "put_checked",
+    "read_checked",
+    "verified_blocks",
+]
 
 _BACKENDS = ("s3fs", "obstore")
 """Who moves the bytes of an S3 store; the first is the default."""

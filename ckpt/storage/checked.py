@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ckpt.checksum import block_range, blocks_of, file_record, verify_block
@@ -104,3 +104,16 @@ def read_checked(
 
     read_verified(storage, path, first, data, verify)
     return bytes(data[start - first : end - first])
+
+
+def verified_blocks(storage: Storage, path: str, record: FileRecord) -> Iterator[bytes]:
+    """A file's content, block by block, each one only after its CRC32 was checked.
+
+    Raises:
+        StorageError: the store cannot give a block.
+        DamagedError: a block's CRC32 is not the record's.
+    """
+    for index in range(len(record.block_crc32)):
+        data = storage.read(path, *block_range(record, index))
+        verify_block(record, index, data, f"{storage.url}/{path}")
+        yield data

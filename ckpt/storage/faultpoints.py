@@ -50,7 +50,15 @@ COMMIT_POINTS = (
     "commit.before_manifest",
     "commit.after_manifest",
 )
-POINTS = frozenset((*POSIX_POINTS, *OBJECT_POINTS, *COMMIT_POINTS))
+UPLOAD_POINTS = (
+    "upload.before_file",
+    "upload.mid_file",
+    "upload.after_file",
+    "upload.before_commit",
+    "upload.before_mark",
+    "upload.idle",
+)
+POINTS = frozenset((*POSIX_POINTS, *OBJECT_POINTS, *COMMIT_POINTS, *UPLOAD_POINTS))
 """Every point there is."""
 
 _SPEC = re.compile(r"(?P<point>[a-z0-9_.]+)(:(?P<nth>[1-9][0-9]{0,8}))?=(?P<action>[a-z]+)")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ckpt.errors import DamagedError
-from ckpt.lineage import committed_lineage
+from ckpt.lineage import chain_end, committed_lineage
 from ckpt.manifest import WriterRecord
 
 
@@ -96,3 +96,11 @@ def test_two_records_of_one_epoch_are_damage() -> None:
 def test_a_circle_of_parents_is_damage(parent: int) -> None:
     with pytest.raises(DamagedError, match="epoch 2 claims to resume from"):
         committed_lineage([writer(2, (parent, 1))], [])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "end"), [((1, 2, 3), 1), ((2, 3), 1), ((1, 3), 2), ((1, 2), 3), ((), 3)]
+)
+def test_where_the_records_end(epochs: tuple[int, ...], end: int) -> None:
+    records = {1: writer(1), 2: writer(2, (1, 40)), 3: writer(3, (2, 50))}
+    assert chain_end({epoch: records[epoch] for epoch in epochs}, 3) == end
