@@ -375,6 +375,14 @@ def test_a_large_create_that_fails_for_certain(fake: FakeS3, store: S3Storage) -
         assert not fake.uploads
 
 
+def test_an_adapter_is_one_request(fake: FakeS3, store: S3Storage) -> None:
+    """81 MB: bfloat16 LoRA of rank 16 on every linear layer of a model with 7 billion weights."""
+    size = 81_000_000
+    store.put_stream("adapter", (bytes(9_000_000) for _ in range(9)), size)
+    assert store.traffic == Traffic(requests=1, sent=size, received=0)
+    assert len(fake.objects["run/adapter"]) == size
+
+
 # Multipart uploads
 
 
