@@ -52,7 +52,7 @@ def pytest_runtest_makereport(
         and call.excinfo is not None
         and item.get_closest_marker("s3")
         and SERVER_AT_START
-        and REFUSAL in report.longreprtext
+        and REFUSAL in report.longreprtext + report.capstderr  # that of child processes
     ):
         report.outcome = "skipped"
         reason = "the server was refused, loudly: it cannot keep two writers apart"

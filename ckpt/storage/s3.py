@@ -277,7 +277,7 @@ class S3Storage:
         key = "/".join(part for part in (self._prefix, upload.path) if part)
         self._do("abort", upload.path, lambda: abort(self._session, key, upload.upload_id))
 
-    async def _put_whole(self, key: str, body: bytes | bytearray) -> None:
+    async def _put_whole(self, key: str, body: bytes) -> None:
         await put_object(self._session, key, body)
 
     async def _put_parts(self, key: str, views: Iterable[memoryview], size: int) -> None:

@@ -85,7 +85,7 @@ class ObstoreSession(S3Session):
         self.meter.add(received=len(data))
         return data
 
-    async def put(self, key: str, body: bytes | bytearray) -> None:
+    async def put(self, key: str, body: bytes) -> None:
         """One upload in one request, never repeated; the caller repeats it."""
         once, _ = await self._bulk()
         self.meter.add(requests=1, sent=len(body))
@@ -210,7 +210,7 @@ class ObstoreStorage(S3Storage):
     _session: ObstoreSession
     _session_class = ObstoreSession
 
-    async def _put_whole(self, key: str, body: bytes | bytearray) -> None:
+    async def _put_whole(self, key: str, body: bytes) -> None:
         if _forked():
             await super()._put_whole(key, body)
         else:

@@ -164,7 +164,7 @@ class S3Session:
         """Parameter that names the checksum of a multipart upload's parts."""
         return {"ChecksumAlgorithm": "CRC32"} if self._checksum else {}
 
-    def sums(self, body: bytes | bytearray) -> dict[str, str]:
+    def sums(self, body: bytes) -> dict[str, str]:
         """Checksum parameters of an upload.
 
         As a header, computed here: botocore's own default puts it after a chunked body over TLS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class LyingServer(StorageError):
     """A success that was none."""
 
 
-async def put_object(session: S3Session, key: str, body: bytes | bytearray) -> None:
+async def put_object(session: S3Session, key: str, body: bytes) -> None:
     """Write an object in one request."""
     query = {"Key": key, "Body": body, **session.sums(body)}
     await session.send("put_object", query, size=len(body))
@@ -153,9 +154,9 @@ def cut(views: Iterable[memoryview], part: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def collect(views: Iterable[memoryview]) -> bytearray:
+def collect(views: Iterable[memoryview]) -> bytes:
     """The bytes of a stream, each view copied before the next one is asked for."""
-    body = bytearray()
+    body = io.BytesIO()
     for view in views:
-        body += view
-    return body
+        body.write(view)
+    return body.getvalue()  # without another copy
