@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.checksum import file_record
-from ckpt.errors import AlreadyExists, ConfigError, DamagedError, ObjectNotFound, StorageError
+from ckpt.errors import AlreadyExists, DamagedError, ObjectNotFound, StorageError
 from ckpt.storage import Entry, Storage, Traffic, open_storage, put_checked, read_checked
 
 STORES = [
@@ -32,15 +32,7 @@ def store(request: pytest.FixtureRequest, tmp_path) -> Iterator[Storage]:
     else:
         server = request.getfixturevalue("s3")
         backend = "obstore" if request.param == "s3-obstore" else "s3fs"
-        options = {**server.storage_options, "backend": backend}
-        storage = open_storage(server.url("contract"), options)
-        if backend == "obstore" and server.endpoint_url.startswith("https:"):
-            try:
-                storage.put("warm-up", b"")
-            except ConfigError as error:
-                storage.close()
-                pytest.skip(str(error))  # of the server's certificate
-            storage.delete("warm-up")
+        storage = open_storage(server.url("contract"), server.options_for(backend))
     yield storage
     storage.close()
 

@@ -158,7 +158,7 @@ def test_a_save(
     if fault.parts:
         monkeypatch.setattr("ckpt.storage.s3.SINGLE_PUT_BYTES", 200)
     url = s3.url("run")
-    options = {**s3.storage_options, "backend": backend}
+    options = s3.options_for(backend)
     run = Run()
     assert saved(url, options, run, range(1)) == []
     digests = {0: run.digest()}
@@ -181,7 +181,7 @@ def test_a_save(
 def test_a_restore(s3: S3Server, proxy: FaultProxy, how: str, backend: str) -> None:
     """Broken answers are asked for again, and so is what arrives with a flipped bit."""
     url = s3.url("run")
-    options = {**s3.storage_options, "backend": backend}
+    options = s3.options_for(backend)
     run = Run()
     assert saved(url, options, run, range(2)) == []
     spoil = Spoil("GET", how, SLOW, times=2 if how != "flip" else 1, key="/shard-00000")

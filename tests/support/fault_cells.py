@@ -217,7 +217,7 @@ def make_planted(ground: Ground) -> Planted:
     """Train on an empty root, and on a copy of it count the fault points of the next save."""
     first = ground.script(tag="a", saves=(0, NEWEST), publish=False, latest=9)
     for seen in run_trainer(first):
-        assert seen.errors == []
+        assert seen.errors == [], seen.errors
         assert seen.committed == [0, NEWEST]
     files = dict(walk(ground.storage))
     digests = {step: ground.saved(step)[0] for step in (0, NEWEST)}

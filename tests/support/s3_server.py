@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import boto3
+import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+
+from ckpt.errors import ConfigError
+from ckpt.storage import open_storage
 
 START_SECONDS = 60
 BUCKET_VARIABLE = "CKPT_TEST_BUCKET"
@@ -49,6 +53,20 @@ class S3Server:
             "key": self.environment["AWS_ACCESS_KEY_ID"],
             "secret": self.environment["AWS_SECRET_ACCESS_KEY"],
         }
+
+    def options_for(self, backend: str) -> dict[str, object]:
+        """Storage options for a backend; skips the test where that one refuses the certificate.
+
+        A server's certificate that is an authority's own is common on test servers.
+        """
+        options = {**self.storage_options, "backend": backend}
+        if backend == "obstore" and self.endpoint_url.startswith("https:"):
+            with contextlib.closing(open_storage(self.url("tls"), options)) as store:
+                try:
+                    store.put("x", b"")
+                except ConfigError as error:
+                    pytest.skip(str(error))
+        return options
 
     def url(self, prefix: str = "run") -> str:
         """A prefix that nobody else uses."""
