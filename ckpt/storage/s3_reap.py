@@ -84,7 +84,10 @@ async def pending(
         page = await session.send("list_multipart_uploads", query)
         now = _server_time(page)
         found += [
-            PendingUpload(relative(item["Key"]), item["UploadId"], now - item["Initiated"])
+            # The server's date has whole seconds: what has just begun would begin later.
+            PendingUpload(
+                relative(item["Key"]), item["UploadId"], max(timedelta(0), now - item["Initiated"])
+            )
             for item in page.get("Uploads", ())
             if item["Key"].startswith(prefix)  # one server's filter is another's suggestion
         ]

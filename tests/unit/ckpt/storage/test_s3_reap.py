@@ -71,6 +71,14 @@ def test_age_is_the_servers(fake: FakeS3, store: S3Storage, monkeypatch) -> None
     assert timedelta(hours=29) < gone[0].age < timedelta(hours=31)
 
 
+def test_no_upload_begins_in_the_future(fake: FakeS3, store: S3Storage) -> None:
+    """The server's date has whole seconds, the start of an upload has fractions."""
+    fake.begun["u1"] = ("run/b", time.time() + 1.0)
+    gone, stay = reap_uploads(store, timedelta(0))
+    assert not stay
+    assert [upload.age for upload in gone if upload.upload_id == "u1"] == [timedelta(0)]
+
+
 def test_an_upload_that_ends_meanwhile_is_fine(fake: FakeS3, store: S3Storage) -> None:
     fake.spoils = [Spoil("DELETE", "status", (404, "NoSuchUpload"))]
     assert len(reap_uploads(store)[0]) == 2
