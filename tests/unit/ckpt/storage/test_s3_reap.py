@@ -73,7 +73,7 @@ def test_age_is_the_servers(fake: FakeS3, store: S3Storage, monkeypatch) -> None
 
 def test_no_upload_begins_in_the_future(fake: FakeS3, store: S3Storage) -> None:
     """The server's date has whole seconds, the start of an upload has fractions."""
-    fake.begun["u1"] = ("run/b", time.time() + 1.0)
+    fake.begun["u1"] = ("run/b", time.time() + 30.0)
     gone, stay = reap_uploads(store, timedelta(0))
     assert not stay
     assert [upload.age for upload in gone if upload.upload_id == "u1"] == [timedelta(0)]
