@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from torch import nn
 # Imported here, once, because every rank is forked from the process that imports this module.
 import ckpt.storage.s3
 from ckpt import AdapterExport, CheckpointManager, CkptError, Retention, TensorRule, TrainState
-from ckpt.storage import faultpoints, retry
+from ckpt.storage import faultpoints
 
 SMALL_PUT_BYTES = 16 * 1024
 """Where uploads are to be multipart: shards are above this, manifests below."""
@@ -171,25 +170,22 @@ def arm(fault: str) -> None:
     faultpoints.forget()
 
 
-def impatient(small_parts: bool = False) -> None:
-    """Short pauses and few tries, so that a broken store costs a test little time."""
-    ckpt.storage.s3.RetryPolicy = functools.partial(  # type: ignore[misc]
-        retry.RetryPolicy, attempts=3, base=0.01, cap=0.05, seconds=2.0
-    )
-    if small_parts:
-        ckpt.storage.s3.SINGLE_PUT_BYTES = SMALL_PUT_BYTES
+RETRY = {"attempts": 3, "base": 0.01, "cap": 0.05, "seconds": 2.0}
+"""Few tries and short pauses, so that a broken store costs a test little time."""
 
 
 def train(rank: int, world: int, script: Script) -> Seen:
     """Carry a script out."""
-    impatient(script.small_parts)
+    if script.small_parts:
+        ckpt.storage.s3.SINGLE_PUT_BYTES = SMALL_PUT_BYTES
+    options = None if script.options is None else {**script.options, "retry": RETRY}
     if script.year is not None:
         _set_clock(script.year)
     seen = Seen()
     toy = Toy(rank, script.tag)
     manager = CheckpointManager(
         script.root,
-        storage_options=script.options,
+        storage_options=options,
         retention=Retention(latest=script.latest),
         vote_timeout=script.deadline,
     )
