@@ -246,7 +246,12 @@ class SavePipeline:
     ) -> StepManifest:
         """Write ``state.json``, check the files' sizes, and describe it all."""
         storage = self._storage
-        for rank, record in job.files.items():
+        written = list(job.files.items())
+        if job.resumable:
+            state = compose_state(job.shared, [ballot["mine"] for ballot in ballots])
+            record = put_checked(storage, where.path(STATE), state, name=where.name(STATE))
+            written.append((0, record))
+        for rank, record in written:
             if not job.resumable and rank == 0:
                 continue  # its bytes stay in the slot
             if self._split is not None and not self._split.near(rank):
@@ -256,10 +261,7 @@ class SavePipeline:
             if size != record.size:
                 msg = f"{path} has {size} bytes, rank {rank} wrote {record.size}"
                 raise DamagedError(msg)
-        files = list(job.files.values())
-        if job.resumable:
-            state = compose_state(job.shared, [ballot["mine"] for ballot in ballots])
-            files.append(put_checked(storage, where.path(STATE), state, name=where.name(STATE)))
+        files = [record for _rank, record in written]
         return StepManifest(
             step=job.step or 0,
             epoch=job.epoch,

@@ -72,6 +72,25 @@ def test_there_is_a_rank(ranks: Any) -> None:
         check_form(form()[0], ranks, "x")
 
 
+def test_a_restore_checks_the_form(tmp_path) -> None:
+    """The checksum of such a state.json is right; the older step is taken, with the reason."""
+    toy = Toy()
+    with CheckpointManager(tmp_path) as manager:
+        toy.step()
+        manager.save(1, toy.state)
+        manager.wait()
+        kept = toy.digest()
+        toy.state.rank_values = lambda: {"rng": 1, "dataloader": None, "per_rank": {}}
+        toy.step()
+        manager.save(2, toy.state)
+    fresh = Toy()
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.restore(fresh.state) == 1
+        (damaged,) = manager.last_restore.damaged
+    assert "ranks[0].rng is not what a trainer saves there" in damaged.reason
+    assert fresh.digest() == kept
+
+
 def test_an_object_that_refuses_its_value_is_named(tmp_path, monkeypatch) -> None:
     toy = Toy()
     toy.step()
