@@ -20,7 +20,8 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 faults bench lint fmt constraints clean
+.PHONY: help setup demo test test-fast test-s3 faults bench bench-full bench-readme bench-peers \
+  lint fmt constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,8 +59,19 @@ faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; ab
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  tests/faults tests/property $(PYTEST_ARGS)
 
-bench: $(STAMP) ## the figures of the README, measured here
+bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 8 minutes)
 	$(BIN)/python -m benchmarks
+
+bench-full: $(STAMP) bench-peers ## the same, and how they grow with bytes, tensors and ranks
+	$(BIN)/python -m benchmarks --full
+
+bench-readme: $(STAMP) ## put the newest figures into the README
+	$(BIN)/python -m benchmarks --readme README.md
+
+# What cannot be installed is named in the results as not measured; nothing else needs it.
+bench-peers: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[bench]'
 
 lint: $(STAMP) ## style, format, types, direction of imports
 	$(BIN)/ruff check .

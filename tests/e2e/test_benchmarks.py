@@ -1,4 +1,4 @@
-"""The benchmarks run and write both forms of their results."""
+"""The benchmarks run and write every form of their results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 
 
-def test_benchmarks_on_one_and_two_ranks(tmp_path: Path) -> None:
+def test_sections_on_one_and_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks", "--workload", "tiny", "--repeats", "2"),
-            *("--out", str(tmp_path / "out"), "--folder", str(tmp_path)),
+            *("--only", "saves-2", "saves-memory", "publishes", "loads"),
+            *("--out", str(out), "--folder", str(tmp_path), "--memory-folder", str(tmp_path)),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -27,17 +29,22 @@ def test_benchmarks_on_one_and_two_ranks(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    assert [case["ranks"] for case in found["cases"]] == [1, 2]
-    for case in found["cases"]:
-        by_name = {row["saver"]: row for row in case["summary"]}
-        assert len(by_name) == 5
-        assert by_name["memcpy of the same bytes"]["stall_over_memcpy"] == 1.0
-        assert by_name["raw write + fsync"]["total_over_raw_write"] == 1.0
-        assert all(len(times) == 2 for times in case["rounds_ms"].values())
-        # A save cannot be durable before the training loop got its thread back.
-        assert all(row["total_ms"] >= row["stall_ms"] > 0 for row in by_name.values())
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    sections = found["sections"]
+    assert sections.keys() == {"saves-2", "saves-memory", "publishes", "loads"}
+    for section in sections.values():
+        assert all(len(samples) == 2 for samples in section["rounds"].values())
+    for name in ("saves-2", "saves-memory"):
+        for samples in sections[name]["rounds"].values():
+            # A save cannot be complete before the training loop got its thread back.
+            assert all(sample["total"] >= sample["stall"] > 0 for sample in samples)
     # Two ranks share the bytes: FSDP2 shards, so nothing is saved twice.
-    one, two = (case["bytes_per_rank"] for case in found["cases"])
+    one, two = (sections[name]["bytes_per_rank"] for name in ("saves-memory", "saves-2"))
     assert two < 0.75 * one
-    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") in done.stdout
+    assert sections["saves-2"]["plan"]["collectives"] == 0
+    assert [row["what"][:6] for row in found["rows"]].count("publis") == 1
+    text = (out / "results.md").read_text(encoding="utf-8")
+    assert text in done.stdout
+    assert found["table"] in text
+    assert (out / "numbers.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "saves-2.png").exists()

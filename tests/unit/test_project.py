@@ -202,6 +202,7 @@ def test_links_between_guides_lead_somewhere(path: Path) -> None:
         "test-s3",
         "faults",
         "bench",
+        "bench-full",
         "lint",
         "fmt",
         "constraints",

@@ -1,0 +1,204 @@
+"""The numbers to reach: what each is, how it follows from the rounds, and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .adapters import DcpHuggingFace, PlainPut, Publish, SaveFile, SaveFileSynced
+from .loads import HuggingFace, Restore
+from .peers import DcpAsync, DcpSave
+from .rounds import Spread, ratio, values_of
+from .savers import Manager, Memcpy, RawWrite, RawWriteSynced, TorchSave
+from .slowdown import IDLE
+
+OURS = Manager.name
+UPLOAD_REQUESTS = 3
+"""Of a publish by one rank: ranks + 2."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number to reach.
+
+    Attributes:
+        what: the number, in words.
+        measured: its spread over the rounds.
+        target: what it must not exceed.
+        unit: ``"x"`` or ``"ms"``.
+        peer: the same number for the named peer, measured in the same rounds, or None.
+        note: what else belongs to the number.
+    """
+
+    what: str
+    measured: Spread
+    target: float
+    unit: str = "x"
+    peer: tuple[str, Spread] | None = None
+    note: str = ""
+    also_holds: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median is within the target, and what the note says is as it must be."""
+        return self.measured.middle <= self.target and self.also_holds
+
+    def to_json(self) -> dict[str, Any]:
+        """The row for ``results.json``."""
+        return {
+            "what": self.what,
+            "unit": self.unit,
+            "measured": self.measured.to_json(),
+            "target": self.target,
+            "reached": self.reached,
+            "peer": None if self.peer is None else {self.peer[0]: self.peer[1].to_json()},
+            "note": self.note,
+        }
+
+
+def rows(sections: Mapping[str, Any]) -> list[Row]:
+    """The rows that the measured sections allow.
+
+    Args:
+        sections: results by name; ``saves-1``, ``saves-2``, ``saves-memory``, ``slowdown``,
+            ``publishes``, ``publishes-memory``, ``uploads``, ``loads``, ``memory``.
+    """
+    found: list[Row] = []
+    if "saves-1" in sections:
+        found += [_stall(sections["saves-1"], "plain tensors", 1.3)]
+    if "saves-2" in sections:
+        found += [_stall(sections["saves-2"], "2 ranks of DTensors", 1.5)]
+    if "saves-1" in sections:
+        found += [_whole(sections["saves-1"], RawWriteSynced.name, "raw write + fsync, on disk")]
+    if "saves-memory" in sections:
+        found += [_whole(sections["saves-memory"], RawWrite.name, "raw write, in memory")]
+    if "slowdown" in sections:
+        found += [_slowdown(sections["slowdown"])]
+    for name, baseline, place in (
+        ("publishes-memory", SaveFile.name, ", in memory"),
+        ("publishes", SaveFileSynced.name, ", on disk"),
+    ):
+        if name in sections:
+            found += [_publish(sections[name], baseline, place)]
+    if "saves-1" in sections:
+        found += [_durable(sections["saves-1"])]
+    if "saves-2" in sections:
+        found += [_plan(sections["saves-2"])]
+    if "loads" in sections:
+        found += [_load(sections["loads"])]
+    if "uploads" in sections:
+        found += [_upload(sections["uploads"])]
+    if "memory" in sections:
+        found += [_memory(sections["memory"])]
+    return found
+
+
+def _stall(section: Any, kind: str, target: float) -> Row:
+    rounds, floor = section["rounds"], (Memcpy.name, "stall")
+    return Row(
+        f"stall of `save()` / memcpy of the same bytes, {kind}",
+        ratio(rounds, (OURS, "stall"), floor),
+        target,
+        peer=(DcpAsync.name, ratio(rounds, (DcpAsync.name, "stall"), floor)),
+    )
+
+
+def _whole(section: Any, floor: str, what: str) -> Row:
+    rounds = section["rounds"]
+    return Row(
+        f"save, checksummed and committed / {what}",
+        ratio(rounds, (OURS, "total"), (floor, "total")),
+        1.2,
+        peer=(DcpAsync.name, ratio(rounds, (DcpAsync.name, "total"), (floor, "total"))),
+    )
+
+
+def _slowdown(section: Any) -> Row:
+    rounds, idle = section["rounds"], (IDLE, "step")
+    peer = None
+    if DcpAsync.name in rounds:
+        peer = (DcpAsync.name, ratio(rounds, (DcpAsync.name, "step"), idle))
+    return Row(
+        "slow-down of a Python-bound training step during a save",
+        ratio(rounds, (OURS, "step"), idle),
+        1.15,
+        peer=peer,
+    )
+
+
+def _publish(section: Any, baseline: str, place: str) -> Row:
+    rounds, floor = section["rounds"], (baseline, "total")
+    return Row(
+        f"publish of the adapter, commit included / `{baseline}`{place}",
+        ratio(rounds, (Publish.name, "total"), floor),
+        1.2,
+        peer=(DcpHuggingFace.name, ratio(rounds, (DcpHuggingFace.name, "total"), floor)),
+    )
+
+
+def _durable(section: Any) -> Row:
+    rounds, floor = section["rounds"], (TorchSave.name, "total")
+    return Row(
+        f"full durable save / `{TorchSave.name}`",
+        ratio(rounds, (OURS, "total"), floor),
+        0.6,
+        peer=(DcpSave.name, ratio(rounds, (DcpSave.name, "total"), floor)),
+    )
+
+
+def _plan(section: Any) -> Row:
+    plan = section["plan"]
+    return Row(
+        "second plan of a known layout, 2 ranks",
+        Spread.of(plan["ms"]),
+        5.0,
+        unit="ms",
+        peer=(DcpSave.name, Spread.of(values_of(section["rounds"], DcpSave.name, "plan"))),
+        note=f"{plan['collectives']} collectives",
+        also_holds=plan["collectives"] == 0,
+    )
+
+
+def _load(section: Any) -> Row:
+    return Row(
+        f"verified load / `{HuggingFace.name}`",
+        ratio(section["rounds"], (Restore.name, "total"), (HuggingFace.name, "total")),
+        1.2,
+        peer=(
+            "dcp FileSystemReader",
+            ratio(
+                section["rounds"],
+                ("dcp FileSystemReader", "total"),
+                (HuggingFace.name, "total"),
+            ),
+        ),
+    )
+
+
+def _upload(section: Any) -> Row:
+    rounds, floor = section["rounds"], (PlainPut.name, "total")
+    requests = Spread.of(values_of(rounds, Publish.name, "requests"))
+    peers = [name for name in rounds if name not in {Publish.name, PlainPut.name}]
+    peer = (peers[0], ratio(rounds, (peers[0], "total"), floor)) if peers else None
+    return Row(
+        "publish of the adapter to S3 / one plain PUT of its bytes",
+        ratio(rounds, (Publish.name, "total"), floor),
+        1.15,
+        peer=peer,
+        note=f"{requests.middle:.0f} requests, at most {UPLOAD_REQUESTS} wanted",
+        also_holds=requests.middle <= UPLOAD_REQUESTS,
+    )
+
+
+def _memory(section: Any) -> Row:
+    ours = section[OURS]
+    peer = section.get(DcpAsync.name)
+    state = ours["state"]
+    return Row(
+        "memory that each save takes on top / the state's bytes",
+        Spread.of([ours["per_save"] / state]),
+        0.05,
+        peer=None if peer is None else (DcpAsync.name, Spread.of([peer["per_save"] / state])),
+        note=f"held from the first save on, arena included: {ours['held'] / state:.1f}",
+    )

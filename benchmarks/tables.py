@@ -1,0 +1,180 @@
+"""Results as Markdown: the numbers to reach first, then every section in full."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .adapters import PlainPut, SaveFile, SaveFileSynced
+from .loads import HuggingFace
+from .rounds import Spread, ratio, values_of
+from .rows import Row
+from .savers import Memcpy, RawWrite, RawWriteSynced
+from .slowdown import IDLE
+
+_HEADS = {
+    "saves-1": "Saves, 1 rank, on disk",
+    "saves-2": "Saves, 2 ranks of DTensors (FSDP2), on disk",
+    "saves-memory": "Saves, 1 rank, on a memory file system",
+    "slowdown": "A Python-bound training step while a save goes on",
+    "publishes": "The adapter, on disk",
+    "publishes-memory": "The adapter, on a memory file system",
+    "uploads": "The adapter, to an S3 server (moto on loopback)",
+    "loads": "Loads, from a warm page cache",
+}
+_FLOORS = {
+    "saves-1": RawWriteSynced.name,
+    "saves-2": RawWriteSynced.name,
+    "saves-memory": RawWrite.name,
+    "publishes": SaveFileSynced.name,
+    "publishes-memory": SaveFile.name,
+    "uploads": PlainPut.name,
+    "loads": HuggingFace.name,
+}
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def reached_table(found: Sequence[Row]) -> str:
+    """The numbers to reach."""
+    lines = [
+        "| | measured | quartiles | to reach | | same number of a peer |",
+        "|---|---:|---:|---:|:---:|---:|",
+    ]
+    for row in found:
+        note = f" ({row.note})" if row.note else ""
+        peer = ""
+        if row.peer is not None:
+            peer = f"{_number(row.peer[1].middle, row.unit)} ({row.peer[0]})"
+        spread = f"{row.measured.low:.2f} to {row.measured.high:.2f}"
+        if row.measured.count == 1:
+            spread = ""
+        lines.append(
+            f"| {row.what}{note} | {_number(row.measured.middle, row.unit)} | {spread} "
+            f"| ≤ {_number(row.target, row.unit)} | {'yes' if row.reached else '**no**'} | {peer} |"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.2f}x" if unit == "x" else f"{value:.1f} {unit}"
+
+
+def describe(options: str, workload: str) -> str:
+    """One sentence on how the figures came about."""
+    env = environment()
+    return (
+        f"`python -m benchmarks{options}` on {env['cpus']} CPUs ({env['machine']}), Python "
+        f"{env['python']}, torch {env['torch']}; workload `{workload}`. Medians of interleaved "
+        "rounds in one run, ratios taken within each round, quartiles as the spread; of several "
+        "ranks the slowest counts."
+    )
+
+
+def as_markdown(
+    options: str, workload: str, found: Sequence[Row], sections: Mapping[str, Any]
+) -> str:
+    """The whole document."""
+    parts = ["# Results", describe(options, workload), "## Numbers to reach", reached_table(found)]
+    for name, head in _HEADS.items():
+        if name in sections:
+            parts += [f"## {head}", _section(name, sections[name])]
+    if "memory" in sections:
+        parts += ["## Memory", _memory(sections["memory"])]
+    if "growth" in sections:
+        parts += ["## Growth", _growth(sections["growth"])]
+    skipped = {
+        peer: reason
+        for section in sections.values()
+        if isinstance(section, dict)
+        for peer, reason in section.get("skipped", {}).items()
+    }
+    if skipped:
+        lines = [f"- {peer}: {reason}" for peer, reason in sorted(skipped.items())]
+        parts += ["## Not measured", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, section: Any) -> str:
+    rounds = section["rounds"]
+    if name == "slowdown":
+        return _plain_table(rounds, "step", IDLE, "step ms", "/ no save")
+    if not name.startswith("saves"):
+        size = f"{section['bytes'] / 1e6:.1f} MB.\n\n"
+        return size + _plain_table(
+            rounds, "total", _FLOORS[name], "ms", f"/ {_FLOORS[name]}", requests=name == "uploads"
+        )
+    floor = _FLOORS[name]
+    lines = [
+        f"{section['bytes_per_rank'] / 1e6:.1f} MB in {section['tensors']} tensors a rank.",
+        "",
+        f"| | stall ms | / memcpy | complete after ms | / {floor} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for saver in rounds:
+        stall = Spread.of(values_of(rounds, saver, "stall"))
+        total = Spread.of(values_of(rounds, saver, "total"))
+        over_copy = ratio(rounds, (saver, "stall"), (Memcpy.name, "stall"))
+        over_floor = ratio(rounds, (saver, "total"), (floor, "total"))
+        whole = f"{_spread(total)} | {over_floor.middle:.2f}" if saver != Memcpy.name else " | "
+        lines.append(f"| {saver} | {_spread(stall)} | {over_copy.middle:.2f} | {whole} |")
+    return "\n".join(lines)
+
+
+def _plain_table(
+    rounds: Any, key: str, floor: str, unit: str, quotient: str, *, requests: bool = False
+) -> str:
+    more = " requests |" if requests else ""
+    lines = [f"| | {unit} | {quotient} |{more}", f"|---|---:|---:|{'---:|' if requests else ''}"]
+    for name in rounds:
+        spread = Spread.of(values_of(rounds, name, key))
+        over = ratio(rounds, (name, key), (floor, key)).middle
+        line = f"| {name} | {_spread(spread)} | {over:.2f} |"
+        if requests:
+            line += f" {Spread.of(values_of(rounds, name, 'requests')).middle:.0f} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.middle:.1f} ({spread.low:.1f} to {spread.high:.1f})"
+
+
+def _memory(section: Mapping[str, Any]) -> str:
+    lines = [
+        "| | held after the first saves, / state | on top for each save, / state |",
+        "|---|---:|---:|",
+    ]
+    for name, found in section.items():
+        held, per_save = (found[key] / found["state"] for key in ("held", "per_save"))
+        lines.append(f"| {name} | {held:.2f} | {per_save:.2f} |")
+    return "\n".join(lines)
+
+
+def _growth(cases: Sequence[Any]) -> str:
+    lines = [
+        "| ranks | tensors | MB a rank | saver | stall ms | complete after ms |",
+        "|---:|---:|---:|---|---:|---:|",
+    ]
+    for case in cases:
+        for saver in case["rounds"]:
+            stall = Spread.of(values_of(case["rounds"], saver, "stall"))
+            total = Spread.of(values_of(case["rounds"], saver, "total"))
+            lines.append(
+                f"| {case['ranks']} | {case['tensors']} | {case['bytes_per_rank'] / 1e6:.1f} "
+                f"| {saver} | {_spread(stall)} | {_spread(total)} |"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""What the benchmarks make of what they measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.adapters import PlainPut, Publish
+from benchmarks.peers import DcpAsync, DcpSave
+from benchmarks.readme import BEGIN, END, refresh
+from benchmarks.rounds import Spread, interleave, ratio
+from benchmarks.rows import OURS, Row, rows
+from benchmarks.savers import Memcpy, RawWriteSynced, TorchSave
+from benchmarks.tables import as_markdown, reached_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_checkpointing.*")
+
+
+def samples(**values: list[float]) -> list[dict[str, float]]:
+    return [
+        dict(zip(values, numbers, strict=True)) for numbers in zip(*values.values(), strict=True)
+    ]
+
+
+def saves(*, stall: list[float], plan_collectives: int = 0) -> dict[str, object]:
+    count = len(stall)
+    return {
+        "ranks": 2,
+        "bytes_per_rank": 100,
+        "tensors": 4,
+        "skipped": {"a peer": "ModuleNotFoundError: no such module"},
+        "plan": {"ms": [0.5] * count, "collectives": plan_collectives},
+        "rounds": {
+            Memcpy.name: samples(stall=[10.0] * count, total=[10.0] * count),
+            OURS: samples(stall=stall, total=[100.0] * count),
+            DcpSave.name: samples(
+                stall=[900.0] * count, total=[900.0] * count, plan=[70.0] * count
+            ),
+            DcpAsync.name: samples(stall=[30.0] * count, total=[400.0] * count),
+            TorchSave.name: samples(stall=[200.0] * count, total=[200.0] * count),
+            RawWriteSynced.name: samples(stall=[90.0] * count, total=[90.0] * count),
+        },
+    }
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The second round was disturbed: both took ten times as long, and the ratio stays.
+    rounds = {"a": samples(t=[2.0, 20.0, 2.2]), "b": samples(t=[1.0, 10.0, 1.0])}
+    assert ratio(rounds, ("a", "t"), ("b", "t")).middle == pytest.approx(2.0)
+
+
+class Recorder:
+    def __init__(self, name: str, calls: list[tuple[str, int]]) -> None:
+        self.name, self._calls = name, calls
+
+    def measure(self, number: int) -> dict[str, float]:
+        self._calls.append((self.name, number))
+        return {"t": float(number)}
+
+
+def test_rounds_are_interleaved_and_begin_with_another_trial_each(monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.rounds.dist.get_world_size", lambda: 1)
+    calls: list[tuple[str, int]] = []
+    trials = [Recorder(name, calls) for name in "abc"]
+    rounds = interleave(trials, repeats=4, seconds=60)
+    assert calls[:3] == [("a", 0), ("b", 0), ("c", 0)]  # warm-up
+    assert "".join(name for name, _ in calls[3:]) == "abcbcacababc"
+    assert {name: [s["t"] for s in found] for name, found in rounds.items()} == {
+        name: [1.0, 2.0, 3.0, 4.0] for name in "abc"
+    }
+
+
+def test_no_further_round_begins_once_the_time_is_over_but_three_are_run(monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.rounds.dist.get_world_size", lambda: 1)
+    assert len(interleave([Recorder("a", [])], repeats=9, seconds=0)["a"]) == 3
+
+
+def test_the_numbers_follow_from_the_rounds() -> None:
+    found = {row.what: row for row in rows({"saves-1": saves(stall=[12.0, 11.0, 14.0])})}
+    stall = found["stall of `save()` / memcpy of the same bytes, plain tensors"]
+    assert stall.measured.middle == pytest.approx(1.2)
+    assert stall.reached
+    assert stall.peer is not None
+    assert stall.peer[1].middle == pytest.approx(3.0)
+    assert found["full durable save / `torch.save + fsync`"].measured.middle == pytest.approx(0.5)
+
+
+def test_a_number_that_is_not_reached_is_said_to_be_so() -> None:
+    found = rows({"saves-2": saves(stall=[16.0, 16.0, 16.0], plan_collectives=1)})
+    assert [row.reached for row in found] == [False, False]  # the plan is fast, but not alone
+    text = reached_table(found)
+    assert text.count("**no**") == 2
+    assert "1 collectives" in text
+
+
+def test_the_document_names_what_was_not_measured() -> None:
+    section = saves(stall=[12.0, 12.0, 12.0])
+    text = as_markdown("", "tiny", rows({"saves-1": section}), {"saves-1": section})
+    assert "## Not measured\n\n- a peer: ModuleNotFoundError: no such module" in text
+    assert "## Saves, 1 rank, on disk" in text
+
+
+def results(folder: Path, table: str) -> Path:
+    path = folder / "results.json"
+    path.write_text(json.dumps({"description": "Measured.", "table": table}), encoding="utf-8")
+    return path
+
+
+def test_the_readme_quotes_the_results_between_its_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    assert refresh(readme, results(tmp_path, "| new |"))
+    text = readme.read_text(encoding="utf-8")
+    assert text == f"before\n{BEGIN}\n\nMeasured.\n\n| new |\n\n{END}\nafter\n"
+    assert not refresh(readme, results(tmp_path, "| new |"))
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
+def test_a_readme_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="each once"):
+        refresh(readme, results(tmp_path, "| new |"))
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_this_readme_has_its_markers() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+
+
+def test_an_upload_with_too_many_requests_does_not_reach_its_number() -> None:
+    def uploads(requests: float) -> list[Row]:
+        rounds = {
+            Publish.name: samples(total=[10.0] * 3, requests=[requests] * 3),
+            PlainPut.name: samples(total=[10.0] * 3, requests=[1.0] * 3),
+        }
+        return rows({"uploads": {"bytes": 1, "rounds": rounds}})
+
+    assert [row.reached for row in uploads(3.0)] == [True]
+    assert [row.reached for row in uploads(4.0)] == [False]
+
+
+def test_a_row_is_reached_at_its_target_and_not_above() -> None:
+    row = Row("what", Spread(1.2, 1.1, 1.3, 5), 1.2)
+    assert row.reached
+    assert not Row("what", Spread(1.21, 1.1, 1.3, 5), 1.2).reached
+    assert row.to_json()["reached"] is True
