@@ -1,0 +1,1 @@
+"""Hand-over: published versions made live on inference engines, with proof."""
