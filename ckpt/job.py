@@ -43,6 +43,7 @@ class Job:
         started: ``time.perf_counter()`` when the call began.
         files: what the ranks wrote, by rank; filled in on rank 0.
         metrics: the trainer's values for the manifest.
+        probe: the trainer's expected outputs for the version's manifest, or None.
     """
 
     seq: int
@@ -64,6 +65,7 @@ class Job:
     started: float
     files: dict[int, FileRecord] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    probe: Mapping[str, Any] | None = None
 
     @property
     def topic(self) -> str:

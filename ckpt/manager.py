@@ -20,6 +20,7 @@ from .layout import check_run_name, check_step
 from .manifest import check_metrics
 from .planner import Planner
 from .preempt import DEADLINE_S, Preemption
+from .publish import check_probe
 from .rendezvous import join
 from .restore import RestoreReport, restore
 from .retain import Keeper
@@ -149,6 +150,7 @@ class CheckpointManager:
         *,
         publish: bool = False,
         metrics: Mapping[str, float] | None = None,
+        probe: Mapping[str, Any] | None = None,
     ) -> SaveHandle:
         """Copy the state and commit it as a step in the background.
 
@@ -158,12 +160,14 @@ class CheckpointManager:
             publish: also publish the adapter, as a new version.
             metrics: finite numbers that go into the step's manifest, such as the reward, for
                 ``Retention(best=..., metric=...)`` and for people. Those of rank 0 count.
+            probe: outputs that an engine shows once it has loaded the version; they go into its
+                manifest. Those of rank 0 count.
 
         Returns:
             The save's futures and metrics.
 
         Raises:
-            ConfigError: a step number or metric that is none.
+            ConfigError: a step number, metric or probe that is none, or a probe of no version.
             UnrestoredRoot: first save into a root with steps that were not restored.
             StepExists: this writer saved the step already.
             PlanError: ranks disagree about what is saved.
@@ -171,15 +175,25 @@ class CheckpointManager:
         """
         check_step(step)
         values = check_metrics(metrics or {})
+        shown = check_probe(probe, publish=publish)
         self._require_open()
-        return self._staging.start(step, state, resumable=True, publish=publish, values=values)
+        return self._staging.start(
+            step, state, resumable=True, publish=publish, values=values, probe=shown
+        )
 
-    def publish(self, state: TrainState, *, step: int | None = None) -> SaveHandle:
+    def publish(
+        self,
+        state: TrainState,
+        *,
+        step: int | None = None,
+        probe: Mapping[str, Any] | None = None,
+    ) -> SaveHandle:
         """Publish the adapter as a new version, without a resumable step.
 
         Args:
             state: whose adapter; the optimizer is not looked at.
             step: the training step to record, or None.
+            probe: as for :meth:`save`.
 
         Returns:
             The publish's futures and metrics; ``committed`` is None at once.
@@ -189,8 +203,9 @@ class CheckpointManager:
         """
         if step is not None:
             check_step(step)
+        shown = check_probe(probe, publish=True)
         self._require_open()
-        return self._staging.start(step, state, resumable=False, publish=True)
+        return self._staging.start(step, state, resumable=False, publish=True, probe=shown)
 
     def save_on_signal(
         self, *signals: signal.Signals, deadline: float = DEADLINE_S

@@ -8,6 +8,7 @@ never given to anybody again, so no name ever stands for two adapters.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -16,8 +17,15 @@ from typing import Any, Final
 
 from .about import package_version
 from .consolidate import plan_adapter, stream_adapter
-from .envelope import seal, utc_now
-from .errors import AlreadyExists, CommitUnknown, PublishError, StorageError, Superseded
+from .envelope import plain_json, seal, utc_now
+from .errors import (
+    AlreadyExists,
+    CommitUnknown,
+    ConfigError,
+    PublishError,
+    StorageError,
+    Superseded,
+)
 from .layout import (
     ADAPTERS,
     MANIFEST,
@@ -120,6 +128,26 @@ def publish_version(
         what = f"version {claimed}" if claimed else f"the next version of {run!r}"
         cause = str(error) or type(error).__name__
         raise PublishError(f"{what} was not published in {storage.url}: {cause}") from error
+
+
+def check_probe(probe: Mapping[str, Any] | None, *, publish: bool) -> dict[str, Any] | None:
+    """A version's expected outputs in the form that its manifest holds.
+
+    Raises:
+        ConfigError: something that JSON does not have, or a probe without a version.
+    """
+    if probe is None:
+        return None
+    if not publish:
+        msg = "a probe belongs to a version: pass publish=True as well, or no probe"
+        raise ConfigError(msg)
+    checked: dict[str, Any] = plain_json(probe, "probe")
+    try:
+        json.dumps(checked, allow_nan=False)
+    except ValueError as error:
+        msg = "probe holds a number that is NaN or infinite, which no manifest can"
+        raise ConfigError(msg) from error
+    return checked
 
 
 def _claim(storage: Storage, run: str, epoch: int, attempt: str) -> int:

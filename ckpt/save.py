@@ -345,6 +345,7 @@ class SavePipeline:
                 epoch=job.epoch,
                 attempt=job.attempt,
                 base=job.base,
+                probe=job.probe,
                 authority=authority,
             )
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ class Staging:
         resumable: bool,
         publish: bool,
         values: Mapping[str, float] | None = None,
+        probe: Mapping[str, Any] | None = None,
         patience: float | None = None,
     ) -> SaveHandle:
         """The caller's half of a save: plan if need be, copy, hand over.
@@ -75,7 +77,7 @@ class Staging:
                     return left_out
                 patience = self._patience
             job = self._stage(seq, step, state, resumable, publish, started, patience)
-            job.metrics = values or {}
+            job.metrics, job.probe = values or {}, probe
         except Exception as error:
             self._work.refuse(seq, error, echo=False)
             raise

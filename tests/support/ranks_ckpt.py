@@ -156,11 +156,14 @@ def publish_both_ways(rank: int, world: int, root: str) -> list[str | None]:
     run = Run(rank, world)
     run.train(2)
     with CheckpointManager(root, vote_timeout=30, run_name="t", publish_dtype="float32") as m:
-        first = m.save(0, run.state, publish=True)
-        second = m.publish(run.state, step=0)
+        # Only rank 0 says what an engine must show; all ranks get the manifest that has it.
+        probe = {"token_ids": [1, 2]} if rank == 0 else None
+        first = m.save(0, run.state, publish=True, probe=probe)
+        second = m.publish(run.state, step=0, probe=probe)
         third = m.publish(run.state)
         versions = [h.published.result(30) for h in (first, second, third)]
         m.wait()
+    assert [v is not None and v.probe for v in versions] == [{"token_ids": [1, 2]}] * 2 + [None]
     return [None if v is None else f"{v.name} {v.adapter_sha256}" for v in versions]
 
 

@@ -417,6 +417,26 @@ def test_publish_alone_and_with_a_step(root):
     assert second.metrics.publish_lag_ms > 0
 
 
+def test_a_probe_goes_into_the_versions_manifest_alone(root):
+    run = Run()
+    run.step()
+    probe = {"token_ids": (1, 2), "logprobs": [-0.5]}
+    with CheckpointManager(root, run_name="r") as manager:
+        first = manager.publish(run.state, step=0, probe=probe)
+        probe["logprobs"][0] = -9.0  # the manifest holds what was given, not what it became
+        second = manager.save(0, run.state, publish=True, probe={"token_ids": [3]})
+        third = manager.save(1, run.state, publish=True)
+        versions = [handle.published.result(30).probe for handle in (first, second, third)]
+        assert versions == [{"token_ids": [1, 2], "logprobs": [-0.5]}, {"token_ids": [3]}, None]
+        with pytest.raises(ConfigError, match="publish=True"):
+            manager.save(2, run.state, probe={"token_ids": [3]})
+        with pytest.raises(ConfigError, match=r"probe\.logprobs: a Tensor"):
+            manager.publish(run.state, probe={"logprobs": torch.zeros(1)})
+        with pytest.raises(ConfigError, match="NaN"):
+            manager.publish(run.state, probe={"logprobs": [float("nan")]})
+        assert manager.save(2, run.state).committed.result(30) == 2
+
+
 def test_a_failed_publish_keeps_the_step_and_surfaces(root):
     run = Run()
     run.step()
