@@ -21,7 +21,8 @@ standard-library parent so that callers can catch it without importing us::
     ├── SaveAborted            (RuntimeError)       a rank failed; nothing was committed
     │   └── VoteTimeout        (TimeoutError)       a rank did not answer in time
     ├── CommitUnknown          (RuntimeError)       the manifest's fate could not be read back
-    └── PublishError           (RuntimeError)       the version failed; the step is not affected
+    ├── PublishError           (RuntimeError)       the version failed; the step is not affected
+    └── HandoffTimeout         (TimeoutError)       no newer version, or no answer, in time
 """
 
 from __future__ import annotations
@@ -101,3 +102,7 @@ class CommitUnknown(CkptError, RuntimeError):
 
 class PublishError(CkptError, RuntimeError):
     """A version could not be published; the resumable step is not affected."""
+
+
+class HandoffTimeout(CkptError, TimeoutError):
+    """What a reader or an engine waited for did not come before the deadline."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -219,6 +219,12 @@ def list_leases(storage: Storage, version: str | None = None) -> list[Lease]:
     return found
 
 
+def live_leases(leases: Iterable[Lease]) -> list[Lease]:
+    """Those that hold at this moment, by this machine's clock."""
+    now = datetime.now(UTC)
+    return [lease for lease in leases if lease.live(now)]
+
+
 def _read_lease(storage: Storage, version: str, holder: str) -> Lease:
     path = lease_path(version, holder)
     where = f"{storage.url}/{path}"
@@ -249,8 +255,7 @@ def hold(storage: Storage, name: str) -> str | None:
         return "pinned"
     if parse_version_name(name) is None:
         return None
-    now = datetime.now(UTC)
-    holders = [lease.holder for lease in list_leases(storage, name) if lease.live(now)]
+    holders = [lease.holder for lease in live_leases(list_leases(storage, name))]
     return f"in use by {', '.join(holders)}" if holders else None
 
 

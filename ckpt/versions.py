@@ -72,15 +72,28 @@ def list_versions(storage: Storage, run: str | None = None) -> list[VersionEntry
         storage: the run's root.
         run: only the versions of that name, or None for all.
     """
+    return [
+        version_entry(storage, *pair) if has_dir else _claim_entry(*pair)
+        for pair, has_dir in version_names(storage, run).items()
+    ]
+
+
+def version_names(storage: Storage, run: str | None = None) -> dict[tuple[str, int], bool]:
+    """Every (run, number) that was ever taken, in order, by one listing and without a read.
+
+    Args:
+        storage: the run's root.
+        run: only the versions of that name, or None for all.
+
+    Returns:
+        For each whether it has a directory; one that has only its claim was never committed.
+    """
     found: dict[tuple[str, int], bool] = {}
     for entry in storage.list(ADAPTERS):
         pair = parse_version_name(entry.name) if entry.is_dir else parse_claim(entry.name)
         if pair is not None and run in (None, pair[0]):
             found[pair] = found.get(pair, False) or entry.is_dir
-    return [
-        _entry(storage, *pair) if has_dir else _claim_entry(*pair)
-        for pair, has_dir in sorted(found.items())
-    ]
+    return dict(sorted(found.items()))
 
 
 def _claim_entry(run: str, number: int) -> VersionEntry:
@@ -88,7 +101,13 @@ def _claim_entry(run: str, number: int) -> VersionEntry:
     return VersionEntry(version_name(run, number), run, number, path, "claimed", None)
 
 
-def _entry(storage: Storage, run: str, number: int) -> VersionEntry:
+def version_entry(storage: Storage, run: str, number: int) -> VersionEntry:
+    """What lies in the directory of a version: its manifest is read, its files' sizes asked for.
+
+    Raises:
+        ConfigError: the run's name or the number is none.
+        StorageError: the store failed.
+    """
     name, path = version_name(run, number), version_dir(run, number)
     try:
         manifest = _read_manifest(storage, name, path)
@@ -162,7 +181,7 @@ def find_version(storage: Storage, name: str) -> VersionEntry:
     pair = parse_version_name(name)
     if pair is not None:
         if storage.list(version_dir(*pair)):
-            return _entry(storage, *pair)
+            return version_entry(storage, *pair)
         if storage.exists(claim_path(*pair)):
             return _claim_entry(*pair)
     msg = f"no version {name!r} in {storage.url}; versions are named like 'run7-v00000042'"

@@ -1,0 +1,379 @@
+"""Published versions for those who serve them: find, wait, lease, copy; no server needed.
+
+A root, local or on an object store, is all that a reader and a trainer share. Looking for the
+newest version costs the same however many there are: names are listed, and only the newest one's
+manifest is read. What a :class:`Version` names never changes, and its name is never used twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from ckpt.errors import (
+    ConfigError,
+    DamagedError,
+    HandoffTimeout,
+    NoCheckpoint,
+    StorageError,
+)
+from ckpt.holds import Lease, list_leases, live_leases, release_lease, take_lease
+from ckpt.layout import (
+    MANIFEST,
+    check_name,
+    check_run_name,
+    parse_version_name,
+    version_dir,
+    version_name,
+)
+from ckpt.manifest import VersionManifest
+from ckpt.storage import Storage, open_storage
+from ckpt.types import BaseIdentity, FileRecord
+from ckpt.versions import VersionEntry, version_entry, version_names
+
+from .probe import Probe
+from .pull import pull_version
+
+LOCAL_POLL_S: Final = 0.02
+REMOTE_POLL_S: Final = 0.25
+"""Between two looks at an object store: one listing each."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A published adapter, as its manifest describes it: immutable.
+
+    Attributes:
+        run: first part of its name.
+        number: its number; numbers of a run only grow.
+        name: ``<run>-v<number>``, never used twice.
+        url: its directory: a path, or the URL of a prefix.
+        step: the training step it is from, if any.
+        policy_version: the trainer's count of policy updates, if any.
+        epoch: the writer's epoch.
+        adapter_sha256: of ``adapter_model.safetensors``.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        base: the base model it belongs to, if known.
+        created: ISO 8601, UTC.
+        files: its two adapter files.
+        probe: what an engine must answer once it has the version loaded, if recorded.
+    """
+
+    run: str
+    number: int
+    name: str
+    url: str
+    step: int | None
+    policy_version: int | None
+    epoch: int
+    adapter_sha256: str
+    dtype: str
+    base: BaseIdentity | None
+    created: str
+    files: tuple[FileRecord, ...]
+    probe: Probe | None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the adapter files."""
+        return sum(file.size for file in self.files)
+
+    @classmethod
+    def of(cls, manifest: VersionManifest, root_url: str) -> Version:
+        """The version of a verified manifest in the root with that URL.
+
+        Raises:
+            DamagedError: its probe cannot be read.
+        """
+        run = manifest.name[: manifest.name.rindex("-v")]
+        url = f"{root_url}/{version_dir(run, manifest.number)}"
+        record = manifest.probe
+        return cls(
+            run=run,
+            number=manifest.number,
+            name=manifest.name,
+            url=url,
+            step=manifest.step,
+            policy_version=manifest.policy_version,
+            epoch=manifest.epoch,
+            adapter_sha256=manifest.adapter_sha256,
+            dtype=manifest.dtype,
+            base=manifest.base,
+            created=manifest.created,
+            files=manifest.files,
+            probe=None if record is None else Probe.from_dict(record, f"{url}: probe"),
+        )
+
+
+Which: TypeAlias = int | str | Version
+"""A version by its number, its exact name, or itself."""
+
+
+class Registry:
+    """The versions of a root, for readers.
+
+    Wherever a version is asked for, its number, its name or itself will do. A number needs to know
+    the run: the one given here, or the only one that has versions in the root.
+
+    Args:
+        root: path or URL of the run's root, or its open store.
+        run: first part of the versions' names, if the root may hold several.
+        storage_options: for the store, if ``root`` is a URL.
+
+    Raises:
+        ConfigError: an unusable root, run or option.
+    """
+
+    def __init__(
+        self,
+        root: str | PathLike[str] | Storage,
+        *,
+        run: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(root, str | PathLike):
+            self._storage = open_storage(root, storage_options)
+        elif storage_options:
+            raise ConfigError("storage_options are for a URL; this root is an open store already")
+        else:
+            self._storage = root
+        self._run = None if run is None else check_run_name(run)
+        self._warned: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        """The root, fit for a message."""
+        return self._storage.url
+
+    @property
+    def storage(self) -> Storage:
+        """The root's store."""
+        return self._storage
+
+    def latest(self, run: str | None = None) -> Version | None:
+        """The newest version whose manifest and sizes verify, or None if there is none.
+
+        One listing, and the reads of one version; only what is damaged or unfinished costs more.
+
+        Args:
+            run: instead of the registry's own.
+
+        Raises:
+            ConfigError: the root has versions of several runs, and none is named.
+            StorageError: the store failed.
+        """
+        return self._newest(run, -1)
+
+    def get(self, v: Which) -> Version:
+        """A committed version.
+
+        Raises:
+            ConfigError: neither a number nor a version's exact name.
+            NoCheckpoint: it was never committed, or it was deleted.
+            DamagedError: its manifest or probe does not verify, or a file has another size.
+            StorageError: the store failed.
+        """
+        return Version.of(self._manifest(v), self.url)
+
+    def newer_than(self, v: Which | None) -> list[Version]:
+        """The versions above ``v`` that are whole, oldest first; None stands below all.
+
+        Raises:
+            ConfigError, StorageError: as :meth:`latest`.
+        """
+        run, floor = self._floor(v)
+        found = (self._whole(*pair) for pair in self._committed_names(run, floor))
+        return [version for version in found if version is not None]
+
+    def wait_for(
+        self, newer_than: Which | None, *, timeout: float, poll_s: float | None = None
+    ) -> Version:
+        """The newest version above another, as soon as there is one.
+
+        A store that fails meanwhile is asked again until the time is over.
+
+        Args:
+            newer_than: what is served now; None waits for the first version.
+            timeout: seconds; 0 looks once. A request that is under way then is not cut off: its own
+                bounds are the store's.
+            poll_s: seconds between two looks, each of which is one listing; by default
+                0.02 on a file system and 0.25 elsewhere.
+
+        Raises:
+            HandoffTimeout: none in time; its cause is the store's last error, if there was one.
+            ConfigError: as :meth:`latest`, or a negative time.
+        """
+        if timeout < 0 or (poll_s is not None and poll_s <= 0):
+            msg = f"want timeout >= 0 and poll_s > 0, got {timeout!r} and {poll_s!r}"
+            raise ConfigError(msg)
+        if poll_s is None:
+            poll_s = LOCAL_POLL_S if self._storage.has_rename else REMOTE_POLL_S
+        deadline = time.monotonic() + timeout
+        run, floor = self._floor(newer_than)
+        while True:
+            problem: StorageError | None = None
+            try:
+                found = self._newest(run, floor)
+            except StorageError as error:
+                log.warning("cannot look for new versions, trying again: %s", error)
+                found, problem = None, error
+            if found is not None:
+                return found
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._too_late(run, floor, timeout, problem) from problem
+            time.sleep(min(poll_s, left))
+
+    def lease(self, v: Which, holder: str, ttl_s: float) -> Lease:
+        """Keep a version from being deleted for ``ttl_s`` seconds from now; again renews.
+
+        Args:
+            v: the version.
+            holder: unique name of the reader (letters, digits, ``_`` and ``-``).
+            ttl_s: seconds, at most 30 days; renew well before they are over.
+
+        Raises:
+            ConfigError: a name or a time that is none.
+            NoCheckpoint: no such version, or it was being deleted at this moment.
+            StorageError: the store failed.
+        """
+        return take_lease(self._storage, self._name(v), holder, ttl_s)
+
+    def release(self, v: Which, holder: str) -> None:
+        """Give a lease back; one that is not held is fine.
+
+        Raises:
+            ConfigError: a name that is none.
+            StorageError: the store failed.
+        """
+        release_lease(self._storage, self._name(v), holder)
+
+    def leases(self, v: Which) -> list[Lease]:
+        """The leases that keep a version now, by holder.
+
+        Raises:
+            ConfigError: a name that is none.
+            StorageError: the store failed.
+        """
+        return live_leases(list_leases(self._storage, self._name(v)))
+
+    def fetch(self, v: Which, into: str | PathLike[str]) -> Path:
+        """Copy a version to this machine: every byte verified, all of it or nothing to be seen.
+
+        Take a lease first, or a version that is old enough may be deleted meanwhile.
+
+        Args:
+            v: the version.
+            into: a local directory, made if it is missing. The version becomes a directory of its
+                own name in it: a PEFT adapter with its manifest. One that is there already
+                and verifies is kept as it is; a damaged one is replaced in one step.
+
+        Returns:
+            The version's directory.
+
+        Raises:
+            ConfigError: ``into`` is a file or a URL, or no such kind of version.
+            NoCheckpoint: no such version, or it was deleted meanwhile.
+            DamagedError: bytes that do not verify; nothing is left at the target.
+            AlreadyExists: something at the target that is no version.
+            StorageError: one of the two stores failed.
+        """
+        return pull_version(self._storage, self._manifest(v), into)
+
+    def close(self) -> None:
+        """Release the store's connections; a later call opens new ones."""
+        self._storage.close()
+
+    def _manifest(self, v: Which) -> VersionManifest:
+        name = self._name(v)
+        run, number = self._pair(name)
+        entry = version_entry(self._storage, run, number)
+        if entry.state == "committed" and entry.manifest is not None:
+            return entry.manifest
+        if entry.state == "damaged" and self._present(entry):
+            raise DamagedError(f"version {name} is damaged: {entry.problem}")
+        msg = f"there is no committed version {name} in {self.url}"
+        raise NoCheckpoint(f"{msg}; `ckpt versions` shows what there is")
+
+    def _newest(self, run: str | None, floor: int) -> Version | None:
+        for pair in reversed(self._committed_names(run, floor)):
+            version = self._whole(*pair)
+            if version is not None:
+                return version
+        return None
+
+    def _committed_names(self, run: str | None, floor: int) -> list[tuple[str, int]]:
+        """By one listing: versions above ``floor`` that have a directory, in order."""
+        names = version_names(self._storage)
+        run = self._only_run({pair[0] for pair in names}, run)
+        return [pair for pair, dir_ in names.items() if dir_ and pair[0] == run and pair[1] > floor]
+
+    def _only_run(self, present: set[str], run: str | None) -> str | None:
+        wanted = run if run is not None else self._run
+        if wanted is None and len(present) > 1:
+            shown = ", ".join(sorted(present)[:5])
+            msg = f"{self.url} holds versions of several runs ({shown}); name the one that is meant"
+            raise ConfigError(msg)
+        return wanted if wanted is not None else next(iter(present), None)
+
+    def _whole(self, run: str, number: int) -> Version | None:
+        """The version, or None for what is unfinished, just being deleted, or damaged."""
+        entry = version_entry(self._storage, run, number)
+        problem = entry.problem
+        if entry.state == "committed" and entry.manifest is not None:
+            try:
+                return Version.of(entry.manifest, self.url)
+            except DamagedError as error:
+                problem = str(error)
+        if problem is not None and entry.name not in self._warned and self._present(entry):
+            self._warned.add(entry.name)  # once, not at every look
+            log.warning("version %s is damaged and passed over: %s", entry.name, problem)
+        return None
+
+    def _present(self, entry: VersionEntry) -> bool:
+        # Who deletes takes the manifest away first; what then looks damaged is only gone.
+        return self._storage.exists(f"{entry.path}/{MANIFEST}")
+
+    def _floor(self, v: Which | None) -> tuple[str | None, int]:
+        if v is None:
+            return self._run, -1
+        if isinstance(v, int):
+            return self._run, v
+        return self._pair(self._name(v))
+
+    def _pair(self, name: str) -> tuple[str, int]:
+        pair = parse_version_name(name)
+        if pair is None:
+            raise ConfigError(
+                f"{name!r} is not a version's exact name; they are named like 'run7-v00000042', "
+                "and there are no moving names"
+            )
+        return pair
+
+    def _name(self, v: Which) -> str:
+        if isinstance(v, Version):
+            return v.name
+        if isinstance(v, str):
+            self._pair(check_name("version name", v))
+            return v
+        run = self._run
+        if run is None:
+            run = self._only_run({pair[0] for pair in version_names(self._storage)}, None)
+        if run is None:
+            raise NoCheckpoint(f"there is no version {v} in {self.url}, nor any other")
+        return version_name(run, v)
+
+    def _too_late(
+        self, run: str | None, floor: int, timeout: float, problem: StorageError | None
+    ) -> HandoffTimeout:
+        what = "no version" if run is None else f"no version of {run!r}"
+        above = "" if floor < 0 else f" above {floor}"
+        reason = "" if problem is None else f"; the store failed: {problem}"
+        return HandoffTimeout(f"{what}{above} in {self.url} within {timeout:g} s{reason}")
