@@ -6,6 +6,7 @@ parameter. None of that may reach a saved name, or a run could not resume withou
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 
 import torch
@@ -96,3 +97,67 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
                 buffers.append((trains, prefix + name, buffer))
     found += [(name, buffer) for trains, name, buffer in buffers if trains or not frozen]
     return names, found
+
+
+class TrainableWalk:
+    """:func:`trainable` of one model, remembered for as long as the model is the same.
+
+    Walking a model costs more than anything else that a save does before it copies. Whether
+    the model is still what was walked takes a fraction of that: every table of children,
+    parameters and buffers must hold the same objects under the same names.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules: tuple[nn.Module, ...] = ()
+        self._seen: tuple[list[object], list[object]] = ([], [])
+        self._found: tuple[dict[int, str], list[tuple[str, torch.Tensor]]] = ({}, [])
+
+    def __call__(self) -> tuple[dict[int, str], list[tuple[str, torch.Tensor]]]:
+        """What :func:`trainable` gives now; raises as it does. Not to be changed."""
+        if not self._modules or not self._same():
+            self._modules = ()
+            self._found = trainable(self._model)
+            modules = tuple(self._model.modules())
+            # A class that names its own members may change them unseen: it is walked every time.
+            if not any(map(_names_its_own, map(type, modules))):
+                self._modules = modules
+                self._seen = self._look()
+        return self._found
+
+    def _same(self) -> bool:
+        objects, facts = self._look()
+        return (
+            facts == self._seen[1]
+            and len(objects) == len(self._seen[0])
+            and all(map(operator.is_, objects, self._seen[0]))
+        )
+
+    def _look(self) -> tuple[list[object], list[object]]:
+        """What the walk depends on: objects to be the same, and facts to be equal."""
+        tables: list[dict[str, object]] = []
+        flags: list[object] = []
+        buffered: list[object] = []
+        for module in self._modules:
+            tables += (module._modules, module._parameters, module._buffers)  # type: ignore[arg-type]  # any values
+            flags += [p is not None and p.requires_grad for p in module._parameters.values()]
+            if module._buffers:
+                names = set(module._non_persistent_buffers_set)
+                buffered.append((names, hasattr(module, "adapter_params")))
+        objects = [value for table in tables for value in table.values()]
+        names_of = [tuple(table) for table in tables]
+        return objects, [list(map(type, self._modules)), names_of, flags, buffered]
+
+
+_MEMBERS = ("named_modules", "named_parameters", "named_buffers", "_named_members", "modules")
+
+
+def _names_its_own(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules says by itself what belongs to it.
+
+    Torch's own wrappers of activation checkpointing do, but only take their prefix off the names.
+    """
+    return any(not getattr(kind, name).__module__.startswith("torch.") for name in _MEMBERS)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, StateError
-from .fqn import trainable
+from .fqn import TrainableWalk
 from .optim import (
     apply_optimizer,
     group_problem,
@@ -89,6 +89,7 @@ class TrainState:
         self.models: tuple[nn.Module, ...] = (
             (model,) if isinstance(model, nn.Module) else tuple(model)
         )
+        self._walks = tuple(map(TrainableWalk, self.models))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.dataloader = dataloader
@@ -138,8 +139,8 @@ class TrainState:
         """
         tensors: dict[str, torch.Tensor] = {}
         names: dict[int, str] = {}
-        for model in self.models:
-            named, found = trainable(model)
+        for walk in self._walks:
+            named, found = walk()
             names |= named
             for name, tensor in found:
                 _add(tensors, name, tensor)

@@ -49,6 +49,88 @@ def test_wrappers_never_reach_a_name():
     assert names(torch.compile(wrapped, backend="eager")) == plain
 
 
+def _model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.Linear(2, 3)))
+    model.add_module("spare", nn.Linear(2, 2))
+    return model
+
+
+def _rename(model):
+    model._modules["other"] = model._modules.pop("spare")
+
+
+def _swap(model):
+    model._modules["0"], model._modules["spare"] = model._modules["spare"], model._modules["0"]
+
+
+CHANGES = {
+    "a parameter is frozen": lambda m: m[0].weight.requires_grad_(False),
+    "a parameter is replaced": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(4, 2))),
+    "a parameter is removed": lambda m: m[0].register_parameter("bias", None),
+    "a parameter is added deep down": lambda m: m[2][0].register_parameter(
+        "extra", nn.Parameter(torch.ones(1))
+    ),
+    "parameters are tied": lambda m: setattr(m.spare, "weight", m[0].weight),
+    "a module is replaced": lambda m: setattr(m, "spare", nn.Linear(2, 5)),
+    "a module is added": lambda m: m[2].append(nn.Linear(1, 1)),
+    "a module is removed": lambda m: m._modules.pop("spare"),
+    "a module gets another name": _rename,
+    "two modules change places": _swap,
+    "a module is wrapped": lambda m: m._modules.__setitem__("0", checkpoint_wrapper(m[0])),
+    "a buffer is added": lambda m: m[0].register_buffer("b", torch.ones(1)),
+    "a buffer stops to be persistent": lambda m: m[1]._non_persistent_buffers_set.add(
+        "running_mean"
+    ),
+    "a buffer is replaced": lambda m: setattr(m[1], "running_mean", torch.ones(2)),
+    "the table of parameters is replaced": lambda m: setattr(
+        m[0], "_parameters", {"weight": nn.Parameter(torch.ones(1))}
+    ),
+    "a module becomes an adapter": lambda m: (
+        [p.requires_grad_(False) for p in m[1].parameters()],
+        setattr(m[1], "adapter_params", list),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_model_is_walked_again(change, wrapped):
+    model = _model()
+    if wrapped:
+        model.append(checkpoint_wrapper(nn.Linear(2, 2)))
+    state = TrainState(model)
+    state.live()
+    change(model)
+    now, fresh = state.live().tensors, TrainState(model).live().tensors
+    assert list(now) == list(fresh)
+    assert all(now[name] is fresh[name] for name in fresh)
+
+
+def test_an_unchanged_model_is_walked_once(monkeypatch):
+    model = _model()
+    model.append(checkpoint_wrapper(nn.Linear(2, 2)))
+    state = TrainState(model)
+    first = state.live().tensors
+    monkeypatch.setattr("ckpt.fqn.trainable", lambda model: pytest.fail("walked again"))
+    assert list(state.live().tensors) == list(first)
+
+
+def test_a_class_with_members_of_its_own_is_walked_every_time():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.store = {"w": nn.Parameter(torch.ones(1))}
+
+        def named_parameters(self, *args, **kwargs):
+            return iter(self.store.items())
+
+    model = Hidden()
+    state = TrainState(model)
+    assert list(state.live().tensors) == ["model.w"]
+    model.store["v"] = nn.Parameter(torch.ones(1))
+    assert list(state.live().tensors) == ["model.w", "model.v"]
+
+
 def test_frozen_parameters_are_left_out_and_buffers_of_what_trains_come_along():
     class Mixed(nn.Module):
         def __init__(self):
