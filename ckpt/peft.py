@@ -179,7 +179,8 @@ def _without_adapter_name(
     return plain
 
 
-_CHUNKS_AHEAD: Final = 4
+_BATCH_BYTES: Final = 2 * 1024 * 1024
+_BATCHES_AHEAD: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,18 +248,26 @@ class _Tally:
     def over(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
         """The same chunks; the sums are complete when the last one was taken."""
         pending: deque[Future[None]] = deque()
+        batch: list[Buffer] = []
+        size = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-digest") as pool:
             for chunk in chunks:
-                pending.append(pool.submit(self._take, chunk))
-                if len(pending) > _CHUNKS_AHEAD:  # memory stays bounded if the sums are slower
+                batch.append(chunk)
+                size += memoryview(chunk).nbytes
+                if size >= _BATCH_BYTES:  # handing over each small tensor costs more than its sums
+                    pending.append(pool.submit(self._take, batch))
+                    batch, size = [], 0
+                if len(pending) > _BATCHES_AHEAD:  # memory stays bounded if the sums are slower
                     pending.popleft().result()
                 yield chunk
+            pending.append(pool.submit(self._take, batch))
             for future in pending:
                 future.result()
 
-    def _take(self, chunk: Buffer) -> None:
-        self.crc.update(chunk)
-        self.sha256.update(chunk)
+    def _take(self, batch: Iterable[Buffer]) -> None:
+        for chunk in batch:
+            self.crc.update(chunk)
+            self.sha256.update(chunk)
 
 
 def write_adapter_dir(

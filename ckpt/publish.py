@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from .about import package_version
-from .consolidate import plan_adapter, stream_adapter
+from .adapter_plan import AdapterPlans
+from .consolidate import stream_adapter
 from .envelope import plain_json, seal, utc_now
 from .errors import (
     AlreadyExists,
@@ -70,6 +71,7 @@ def publish_version(
     base: BaseIdentity | None,
     probe: Mapping[str, Any] | None = None,
     authority: Storage | None = None,
+    plans: AdapterPlans | None = None,
 ) -> VersionManifest:
     """Publish an adapter under the run's next number.
 
@@ -87,6 +89,7 @@ def publish_version(
         probe: outputs that an engine with this version loaded must show.
         authority: where numbers are claimed and writers are known, if that is not ``storage``: the
             root, when ``storage`` is a tier from which the version is mirrored to it.
+        plans: remembers the plan from one publish to the next.
 
     Raises:
         ConfigError: the run's name is no safe name.
@@ -97,7 +100,7 @@ def publish_version(
     claimed: str | None = None
     authority = authority or storage
     try:
-        plan = plan_adapter(export, source.records, dtype)
+        plan = (plans or AdapterPlans()).plan(export, source.records, dtype)
         number = _claim(authority, run, epoch, attempt)
         claimed = version_name(run, number)
         weights = WeightsFile(plan.size, stream_adapter(plan, source))

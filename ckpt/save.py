@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .about import package_version
+from .adapter_plan import AdapterPlans
 from .commit import Place, check_current, commit_step, discard, place
 from .envelope import utc_now
 from .errors import (
@@ -76,6 +77,7 @@ class SavePipeline:
         self._split = tiers if tiers is not None and tiers.split else None
         self._done_topics: list[str] = []
         self._tensors = TensorTable()
+        self._plans = AdapterPlans()
 
     def run(self, job: Job) -> None:
         """Take a job from its copied slot to its commit, and publish it.
@@ -347,6 +349,7 @@ class SavePipeline:
                 base=job.base,
                 probe=job.probe,
                 authority=authority,
+                plans=self._plans,
             )
         except Exception as error:
             self._board.abort(topic, error)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from archon_lora.adapter import applied_lora, get_adapter_params
 from archon_lora.errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
 from archon_lora.peft import peft_export
-from ckpt.consolidate import plan_adapter, stream_adapter
+from ckpt.adapter_plan import plan_adapter
+from ckpt.consolidate import stream_adapter
 from ckpt.dtypes import dtype_code
 from ckpt.peft import WeightsFile
 from ckpt.types import MODEL_PREFIX, AdapterExport, Chunk, TensorRecord, TensorRule

@@ -19,8 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt import consolidate as consolidate_module
+from ckpt.adapter_plan import AdapterPlans, plan_adapter
 from ckpt.catalog import find_step
-from ckpt.consolidate import consolidate, export_tensors, plan_adapter, stream_adapter
+from ckpt.consolidate import consolidate, export_tensors, stream_adapter
 from ckpt.dtypes import dtype_code
 from ckpt.errors import (
     AlreadyExists,
@@ -494,3 +495,86 @@ class TestConsolidate:
         with pytest.raises(NonFiniteError):
             consolidate(tmp_path / "root", 1, out, out_storage_options=s3.storage_options)
         assert open_storage(out, s3.storage_options).list("") == []
+
+
+class WritableSource(PiecesSource):
+    """The same in memory that may be written to, as an arena slot's is."""
+
+    def read(self, file: str, start: int, end: int) -> memoryview:
+        self.files[file] = bytearray(self.files[file])
+        return memoryview(self.files[file])[start:end]
+
+
+class TestWithoutACopy:
+    @pytest.mark.parametrize("stored", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("wanted", DTYPES)
+    def test_memory_of_the_source_gives_the_same_bytes(self, stored, wanted: str) -> None:
+        tensors, export = tiny_adapter()
+        tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+        parts = {name: [((0,) * t.dim(), t)] for name, t in tensors.items()}
+        found = result(export, WritableSource(parts), wanted)
+        assert found == result(export, PiecesSource(parts), wanted)
+        assert found == expected(export, tensors, DTYPES[wanted])
+
+    def test_bytes_that_stay_as_they_are_are_not_copied(self) -> None:
+        tensors, export = tiny_adapter(optimizer=False)
+        export = replace(export, rules=tuple(replace(r, scale=1.0) for r in export.rules))
+        tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        source = MemorySource({n.removeprefix("model."): t for n, t in tensors.items()})
+        plan = plan_adapter(export, source.records, "bfloat16")
+        _header, *chunks = stream_adapter(plan, source)
+        for chunk, planned in zip(chunks, plan.tensors, strict=True):
+            (stored,) = planned.record.chunks
+            origin = source.read(stored.file, stored.start, stored.end)
+            before = bytes(origin[:1])
+            chunk[0] ^= 1
+            assert bytes(origin[:1]) != before
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_bytes_that_stay_as_they_are_are_checked_all_the_same(self, value: float) -> None:
+        tensors, export = tiny_adapter(optimizer=False)
+        export = replace(export, rules=tuple(replace(r, scale=1.0) for r in export.rules))
+        tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        next(iter(tensors.values())).view(-1)[-1] = value
+        source = MemorySource({n.removeprefix("model."): t for n, t in tensors.items()})
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            result(export, source)
+
+
+class TestPlansAreRemembered:
+    def test_until_anything_they_follow_from_changes(self) -> None:
+        tensors, export = tiny_adapter()
+        records = dict(whole(tensors).records)
+        plans = AdapterPlans()
+        first = plans.plan(export, records, "bfloat16")
+        assert first == plan_adapter(export, records, "bfloat16")
+        again = replace(export, peft_config=dict(export.peft_config))
+        assert plans.plan(again, dict(records), "bfloat16") is first
+        assert plans.plan(export, records, "float32").dtype == "float32"
+        rules = tuple(replace(rule, scale=rule.scale * 2) for rule in export.rules)
+        scaled = plans.plan(replace(export, rules=rules), records, "float32")
+        assert {tensor.rule for tensor in scaled.tensors} == set(rules)
+        moved = {
+            name: replace(
+                record,
+                chunks=tuple(
+                    replace(chunk, file="elsewhere", start=chunk.start + 64, end=chunk.end + 64)
+                    for chunk in record.chunks
+                ),
+            )
+            for name, record in records.items()
+        }
+        plans.plan(export, records, "bfloat16")
+        found = plans.plan(export, moved, "bfloat16")
+        assert {c.file for t in found.tensors for c in t.record.chunks} == {"elsewhere"}
+
+    def test_a_configuration_that_is_changed_in_place_is_checked_again(self) -> None:
+        tensors, export = tiny_adapter()
+        records = whole(tensors).records
+        config = dict(export.peft_config)
+        changing = replace(export, peft_config=config)
+        plans = AdapterPlans()
+        plans.plan(changing, records, "bfloat16")
+        config["r"] += 1
+        with pytest.raises(StateError, match="configuration says"):
+            plans.plan(changing, records, "bfloat16")
