@@ -342,8 +342,9 @@ def _apply(state: TrainState, staged: Staged, board: Board) -> list[str]:
         StateError: an object of the caller's refused its own saved value.
     """
     with torch.no_grad():
-        for name, value in staged.values.items():
-            local_tensor(staged.targets[name]).copy_(value)
+        if staged.values:
+            targets = [local_tensor(staged.targets[name]) for name in staged.values]
+            torch._foreach_copy_(targets, list(staged.values.values()))
     try:
         notes = state.apply_values(
             staged.shared, staged.ranks, staged.optimizer, board.rank, board.world

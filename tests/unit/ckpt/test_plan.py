@@ -16,7 +16,7 @@ from ckpt.checksum import file_record
 from ckpt.dtypes import TORCH_DTYPES
 from ckpt.envelope import utc_now
 from ckpt.errors import DamagedError, PlanError, SaveAborted
-from ckpt.fetch import fetch
+from ckpt.fetch import DENSE, fetch
 from ckpt.job import TensorTable, compose_state, located
 from ckpt.manifest import StepManifest
 from ckpt.plan import (
@@ -98,8 +98,9 @@ def topologies(draw):
     topologies(),
     st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
     st.integers(16, 4096),
+    st.sampled_from([0.0, DENSE, 2.0]),
 )
-def test_any_split_is_read_back_under_any_other(tmp_path_factory, topology, dtype, block):
+def test_any_split_is_read_back_under_any_other(tmp_path_factory, topology, dtype, block, dense):
     """Values survive a change of the number of ranks and of the dimension that is split."""
     shape, old, old_dim, new, new_dim = topology
     value = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
@@ -108,7 +109,7 @@ def test_any_split_is_read_back_under_any_other(tmp_path_factory, topology, dtyp
     # Small blocks, so that ranges cross them.
     with (
         mock.patch.multiple("ckpt.checksum", BLOCK_BYTES=block),
-        mock.patch("ckpt.fetch.BLOCK_BYTES", block),
+        mock.patch.multiple("ckpt.fetch", BLOCK_BYTES=block, DENSE=dense),
         mock.patch("ckpt.checksum.Crc32Blocks.__init__.__defaults__", (block,)),
     ):
         storage, manifest = write_step(
@@ -120,13 +121,27 @@ def test_any_split_is_read_back_under_any_other(tmp_path_factory, topology, dtyp
             assert torch.equal(found["model.w"], want)
 
 
-def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_some_rank(tmp_path):
+@pytest.mark.parametrize(("wanted", "memories"), [("ab", 1), ("b", 0)])
+def test_only_what_is_mostly_needed_stays_in_memory_as_it_is_read(tmp_path, wanted, memories):
+    tensors = {"model.a": torch.arange(1000.0), "model.b": torch.arange(100.0)}
+    held = [p for name, value in tensors.items() for p in cut(name, value, 1, 0)]
+    storage, manifest = write_step(tmp_path, tensors, [held])
+    pieces = [piece for piece in held if piece.name[-1] in wanted]
+    with mock.patch("ckpt.fetch._memory", side_effect=lambda n: memoryview(bytearray(n))) as made:
+        found = fetch(storage, "s", manifest, pieces, rank=1, world=2)
+    assert made.call_count == memories
+    for piece in pieces:
+        assert torch.equal(found[piece.name], tensors[piece.name])
+
+
+@pytest.mark.parametrize("dense", [0.0, 2.0])
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_some_rank(tmp_path, dense):
     """Also in a header that fills blocks of its own, which no tensor's bytes lie in."""
     value = torch.arange(12.0).reshape(4, 3)
     held = [[piece] for piece in cut("model.w", value, 2, 0)]
     with (
         mock.patch.multiple("ckpt.checksum", BLOCK_BYTES=32),
-        mock.patch("ckpt.fetch.BLOCK_BYTES", 32),
+        mock.patch.multiple("ckpt.fetch", BLOCK_BYTES=32, DENSE=dense),
         mock.patch("ckpt.checksum.Crc32Blocks.__init__.__defaults__", (32,)),
     ):
         storage, manifest = write_step(tmp_path, {"model.w": value}, held)
