@@ -51,10 +51,13 @@ class Slot:
         return self._memory.numel()
 
     def buffer(self) -> memoryview:
-        """The file's bytes; valid while the slot lives."""
+        """The file's bytes; they stay in memory for as long as a view of them lives."""
         # ctypes instead of Tensor.numpy(): NumPy is not a dependency.
         pointer = self._memory.data_ptr()
         array = (ctypes.c_char * self.nbytes).from_address(pointer)
+        # Every view keeps the array, but a bare address keeps nothing: without this a view that
+        # outlives the slot would read memory that is no longer the slot's.
+        array.owner = self._memory  # type: ignore[attr-defined]  # for this alone
         return memoryview(array).cast("B")
 
     def fill(self, sources: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:

@@ -122,8 +122,8 @@ class TrainableWalk:
             self._modules = ()
             self._found = trainable(self._model)
             modules = tuple(self._model.modules())
-            # A class that names its own members may change them unseen: it is walked every time.
-            if not any(map(_names_its_own, map(type, modules))):
+            # A module that names its own members may change them unseen: it is walked every time.
+            if not any(map(_names_its_own, modules)):
                 self._modules = modules
                 self._seen = self._look()
         return self._found
@@ -155,9 +155,9 @@ class TrainableWalk:
 _MEMBERS = ("named_modules", "named_parameters", "named_buffers", "_named_members", "modules")
 
 
-def _names_its_own(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules says by itself what belongs to it.
+def _names_its_own(module: nn.Module) -> bool:
+    """Whether a module, or its class, says by itself what belongs to it.
 
     Torch's own wrappers of activation checkpointing do, but only take their prefix off the names.
     """
-    return any(not getattr(kind, name).__module__.startswith("torch.") for name in _MEMBERS)
+    return any(not getattr(module, name).__module__.startswith("torch.") for name in _MEMBERS)

@@ -16,7 +16,7 @@ import pickle
 import re
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +229,10 @@ def write_adapter_files(
     """
     tally = _Tally()
     encoded = config_bytes(config)
-    storage.put_stream(f"{directory}/{WEIGHTS_NAME}", tally.over(weights.chunks), weights.size)
+    # Closed at once also when the store fails: nobody may read the chunks after this returns, for
+    # their memory is the source's.
+    with contextlib.closing(tally.over(weights.chunks)) as chunks:
+        storage.put_stream(f"{directory}/{WEIGHTS_NAME}", chunks, weights.size)
     storage.put(f"{directory}/{CONFIG_NAME}", encoded)
     files = (file_record(CONFIG_NAME, [encoded]), tally.crc.record(WEIGHTS_NAME))
     return WrittenAdapter(files, tally.sha256.hexdigest())
@@ -245,7 +248,7 @@ class _Tally:
         self.crc = Crc32Blocks()
         self.sha256 = hashlib.sha256()
 
-    def over(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+    def over(self, chunks: Iterable[Buffer]) -> Generator[Buffer]:
         """The same chunks; the sums are complete when the last one was taken."""
         pending: deque[Future[None]] = deque()
         batch: list[Buffer] = []

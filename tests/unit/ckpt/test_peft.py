@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from ckpt.errors import (
     NonFiniteError,
     ObjectNotFound,
     StateError,
+    StorageError,
 )
 from ckpt.peft import (
     CONFIG_NAME,
@@ -30,9 +33,11 @@ from ckpt.peft import (
     local_directory,
     read_adapter,
     write_adapter_dir,
+    write_adapter_files,
 )
 from ckpt.peft_config import check_export, config_bytes, rank_of, split_key
 from ckpt.storage import exchange
+from ckpt.storage.base import Buffer
 from ckpt.types import AdapterExport, TensorRule
 
 A = "base_model.model.model.layers.0.q_proj.lora_A.weight"
@@ -306,6 +311,20 @@ def test_local_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert local_directory("file://localhost/data") == Path("/data")
     assert local_directory("~/x") == Path("/home/somebody/x")
     assert local_directory("s3://bucket/x") is None
+
+
+def test_nobody_reads_the_chunks_any_more_once_a_write_has_failed() -> None:
+    """Their memory belongs to the source, which may go away with the error still in hand."""
+
+    class Full:
+        def put_stream(self, path: str, chunks: Iterator[Buffer], size: int) -> None:
+            next(chunks)
+            raise StorageError("no space left")
+
+    with pytest.raises(StorageError, match="no space left") as caught:
+        write_adapter_files(Full(), "d", WeightsFile(4 << 20, [bytes(4 << 20)]), CONFIG)  # type: ignore[arg-type]  # all it needs
+    assert caught.value is not None
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("ckpt-digest")]
 
 
 class TestRead:

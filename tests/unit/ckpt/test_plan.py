@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from unittest import mock
 
 import pytest
@@ -234,6 +236,19 @@ def test_a_slot_is_the_file(tmp_path):
         assert torch.equal(stored[name], tensor), name
     with pytest.raises(PlanError, match="changed after planning"):
         slot.fill([torch.zeros(1)] * len(pieces), None)
+
+
+def test_bytes_of_a_slot_stay_in_memory_while_anybody_has_a_view_of_them():
+    pieces = local_pieces({"f": torch.zeros(2)})
+    slot = Slot(shard_layout(pieces), pieces, pinned=False)
+    memory = weakref.ref(slot._memory)
+    view = slot.buffer()[8:16]
+    del slot
+    gc.collect()
+    assert memory() is not None
+    del view
+    gc.collect()
+    assert memory() is None
 
 
 def test_slots_come_and_go_with_a_deadline():
