@@ -29,10 +29,12 @@ from .errors import (
 from .handle import SaveHandle
 from .manager import CheckpointManager
 from .restore import DamagedStep, RestoreReport
+from .state_parts import ALL_PARTS, Part
 from .train_state import TrainState
 from .types import AdapterExport, BaseIdentity, Retention, SaveMetrics, TensorRule
 
 __all__ = [
+    "ALL_PARTS",
     "AdapterExport",
     "AlreadyExists",
     "BaseIdentity",
@@ -46,6 +48,7 @@ __all__ = [
     "NoCheckpoint",
     "NonFiniteError",
     "ObjectNotFound",
+    "Part",
     "PlanError",
     "PublishError",
     "RestoreReport",

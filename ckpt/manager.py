@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -287,7 +287,12 @@ class CheckpointManager:
         return handle
 
     def restore(
-        self, state: TrainState, *, step: int | None = None, strict: bool = True
+        self,
+        state: TrainState,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        parts: Collection[str] | None = None,
     ) -> int | None:
         """Bring the newest valid step into the live state, in place.
 
@@ -300,13 +305,17 @@ class CheckpointManager:
             state: the live state; its optimizer needs no step before.
             step: a step number, or None for the newest.
             strict: refuse a difference in names; otherwise what fits is restored.
+            parts: the names of the parts to restore (:class:`~ckpt.state_parts.Part`), e.g.
+                ``{"model"}`` or ``ALL_PARTS - {"optimizer"}``; the others stay as they are, and
+                the bytes of theirs are not read. None restores everything.
 
         Returns:
             The restored step, or None if the root holds none.
 
         Raises:
-            NoCheckpoint, DamagedError, StateError, BaseMismatch, StorageError, SaveAborted: see
-                :func:`ckpt.restore.restore`; nothing live was changed.
+            ConfigError, PlanError, NoCheckpoint, DamagedError, StateError, BaseMismatch,
+                StorageError, SaveAborted: see :func:`ckpt.restore.restore`; nothing live was
+                changed.
         """
         self._require_open()
         self.wait()
@@ -319,6 +328,7 @@ class CheckpointManager:
             state,
             step=step,
             strict=strict,
+            parts=parts,
             tier=None if self._tiers is None else self._tiers.tier,
         )
         self._report = report

@@ -16,6 +16,7 @@ from .manifest import StepManifest
 from .optim import state_target
 from .state import decode_state
 from .state_form import check_form
+from .state_parts import ALL_PARTS, Part
 from .storage import Storage, read_checked
 from .train_state import LiveTensors, TrainState
 from .types import MODEL_PREFIX, OPTIM_PREFIX, TensorRecord
@@ -86,20 +87,33 @@ def match(
     ranks: Sequence[Mapping[str, Any]],
     *,
     strict: bool,
+    parts: frozenset[Part] = ALL_PARTS,
 ) -> Staged:
     """Pair every stored tensor with the live one it goes to.
+
+    Args:
+        state: the live state.
+        live: its tensors.
+        manifest: the step's.
+        shared: what its ``state.json`` holds for all ranks.
+        ranks: what it holds for each.
+        strict: refuse a difference in names.
+        parts: the parts that are wanted; what belongs to others is not looked at.
 
     Raises:
         StateError: names (if ``strict``), shapes or dtypes differ; lists them.
     """
     records = {record.name: record for record in manifest.tensors}
-    model = {name: t for name, t in live.tensors.items() if name.startswith(MODEL_PREFIX)}
-    missing = [name for name in model if name not in records]
-    extra = [n for n in records if n.startswith(MODEL_PREFIX) and n not in model]
+    model: dict[str, torch.Tensor] = {}
+    missing, extra = [], []
+    if Part.MODEL in parts:
+        model = {name: t for name, t in live.tensors.items() if name.startswith(MODEL_PREFIX)}
+        missing = [name for name in model if name not in records]
+        extra = [n for n in records if n.startswith(MODEL_PREFIX) and n not in model]
     targets = {name: tensor for name, tensor in model.items() if name in records}
     _check_alike(targets, records)
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
-    if state.optimizer is not None and shared["optimizer"] is not None:
+    if Part.OPTIMIZER in parts and state.optimizer is not None and shared["optimizer"] is not None:
         saved = shared["optimizer"]
         grouped = {name for group in saved["groups"] for name in group["params"]}
         missing += [f"{OPTIM_PREFIX}{n}" for n in live.optimizer_params if n not in grouped]
@@ -123,7 +137,7 @@ def match(
                 )
                 optimizer.setdefault(fqn, {})[key] = target
                 targets[name] = target
-    sections = state.problems(shared, ranks)
+    sections = state.problems(shared, ranks, parts)
     if strict and (missing or extra or sections):
         raise StateError(_difference(manifest, missing, extra, sections))
     for problem in (*missing, *extra, *sections):
@@ -162,7 +176,8 @@ def _difference(
     parts += sections
     return (
         f"step {manifest.step} does not fit the live state: {'; '.join(parts)}. Nothing was "
-        "changed; build the same state, or pass strict=False to restore what fits"
+        "changed; build the same state, pass strict=False to restore what fits, or parts=... to "
+        "restore some parts only"
     )
 
 

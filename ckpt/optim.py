@@ -142,7 +142,8 @@ def group_problem(
     if saved["kind"] != type(optimizer).__name__:
         return (
             f"the checkpoint was saved with {saved['kind']}, the live optimizer is "
-            f"{type(optimizer).__name__}"
+            f"{type(optimizer).__name__}; build the same one, or leave it out: "
+            "restore(parts=ALL_PARTS - {'optimizer'})"
         )
     live = optimizer_values(optimizer, params)["groups"]
     for number, group in enumerate(live):
@@ -190,6 +191,31 @@ def apply_optimizer(
                 current.fill_(float(value))  # compiled and captured steps hold this very tensor
             else:
                 group[key] = value
+
+
+def take_scheduled_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> list[str]:
+    """Give the groups the learning rates at which a restored schedule stands.
+
+    A schedule writes its rates into the optimizer when it steps, and not when it is loaded. With
+    the optimizer's own state left out, the next update would be made at the first step's rate.
+
+    Args:
+        optimizer: the live optimizer.
+        scheduler: a schedule that was just loaded.
+
+    Returns:
+        A note that says so; nothing where the schedule is not one of this optimizer's.
+    """
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return []
+    rates = scheduler.get_last_lr()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(float(rate))
+        else:
+            group["lr"] = rate
+    shown = ", ".join(f"{float(rate):g}" for rate in rates)
+    return [f"optimizer: left as it is, at the restored schedule's learning rate ({shown})"]
 
 
 def _sources(names: list[str], groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

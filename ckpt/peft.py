@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import pickle
-import re
 import zipfile
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
@@ -38,7 +37,7 @@ from .errors import (
     StorageError,
 )
 from .layout import MANIFEST, TMP_PREFIX, new_attempt
-from .peft_config import config_bytes
+from .peft_config import config_bytes, plain_key
 from .storage import open_storage
 from .storage.base import Buffer, Storage
 from .storage.exchange import exchange_dirs
@@ -50,10 +49,6 @@ LEGACY_WEIGHTS_NAME: Final = "adapter_model.bin"
 
 _OWN_FILES: Final = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, LEGACY_WEIGHTS_NAME, MANIFEST, "README.md"}
-)
-
-_NAMED_KEY = re.compile(
-    r"(?P<head>.*\.lora_(?:embedding_)?[AB])\.(?P<adapter>[^.]+)(?P<tail>\.weight)"
 )
 
 
@@ -170,8 +165,7 @@ def _without_adapter_name(
 ) -> dict[str, torch.Tensor]:
     plain: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        match = _NAMED_KEY.fullmatch(key)
-        name = match["head"] + match["tail"] if match else key
+        name = plain_key(key)
         if name in plain:
             msg = f"{path.resolve()} holds several adapters: {name!r} occurs more than once"
             raise StateError(msg)

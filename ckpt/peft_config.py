@@ -25,6 +25,16 @@ EXPORT_DTYPES: Final[Mapping[str, tuple[torch.dtype, str]]] = {
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
+_NAMED_KEY = re.compile(
+    r"(?P<head>.*\.lora_(?:embedding_)?[AB])\.(?P<adapter>[^.]+)(?P<tail>\.weight)"
+)
+
+
+def plain_key(key: str) -> str:
+    """A key without the adapter's name, as PEFT saves it (``lora_A.default.weight`` has one)."""
+    match = _NAMED_KEY.fullmatch(key)
+    return match["head"] + match["tail"] if match else key
+
 
 def split_key(key: str) -> tuple[str, str]:
     """Take a PEFT key apart.
@@ -58,6 +68,81 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return int(rank)
     return int(config["r"])
+
+
+def scaling_of(config: Mapping[str, Any], module: str) -> float:
+    """The factor by which PEFT multiplies ``B A`` of a module.
+
+    ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``; patterns are matched as for
+    :func:`rank_of`.
+    """
+    alpha = float(config["lora_alpha"])
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    rank = rank_of(config, module)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+PLAIN_FIELDS: Final = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Fields of PEFT's configuration that a plain ``scaling * B A`` may have set."""
+
+_OFF: Final = (None, False, "none", "", [], {})
+_BASE_CHANGING: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_plain(config: Mapping[str, Any], where: str) -> None:
+    """Refuse an adapter that computes anything else than ``scaling * B A``.
+
+    Args:
+        config: content of ``adapter_config.json``, not trusted.
+        where: the file's path, for the message.
+
+    Raises:
+        ConfigError: names the field, what it holds and why that cannot be taken over.
+    """
+    try:
+        _check_config(config)
+    except ConfigError as error:
+        text = str(error).removeprefix("peft_config.")
+        raise ConfigError(f"{where}: {text}") from error
+    for name, value in config.items():
+        if name in PLAIN_FIELDS or any(type(value) is type(o) and value == o for o in _OFF):
+            continue
+        msg = f"{where}: {name}={value!r} makes it another computation than plain LoRA"
+        raise ConfigError(msg)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
+        msg = (
+            f"{where}: init_lora_weights={init!r} changed the base weights; convert the adapter to "
+            "a plain one first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+        raise ConfigError(msg)
 
 
 def check_export(export: AdapterExport) -> None:
@@ -107,8 +192,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("lora_bias") or config.get("bias", "none") != "none":
         raise ConfigError("peft_config asks for biases; only A and B weights are exported")
     if config.get("modules_to_save"):
-        modules = list(config["modules_to_save"])
-        msg = f"peft_config.modules_to_save={modules} cannot be exported: engines drop or refuse it"
+        modules = config["modules_to_save"]
+        msg = (
+            f"peft_config.modules_to_save={modules!r} cannot be exported: engines drop or refuse it"
+        )
         raise ConfigError(msg)
 
 

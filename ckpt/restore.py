@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .arena import local_tensor
+from .asked import Asked, ask, compare
 from .catalog import check_sizes, read_lineage, step_dirs
 from .commit import newest_epoch
-from .errors import CkptError, DamagedError, NoCheckpoint, ObjectNotFound, StateError, StorageError
+from .errors import (
+    CkptError,
+    DamagedError,
+    NoCheckpoint,
+    ObjectNotFound,
+    StateError,
+    StorageError,
+)
 from .fetch import fetch
-from .layout import MANIFEST, check_step, step_dir
+from .layout import MANIFEST, step_dir
 from .manifest import StepManifest
 from .match import Staged, check_base, match, read_state
 from .plan import local_pieces
+from .state_parts import ALL_PARTS, Part
 from .storage import Storage
 from .tier import Tier
 from .train_state import TrainState
@@ -54,6 +63,7 @@ class RestoreReport:
         extra: names of the checkpoint that are not live (``strict=False`` only).
         notes: what could not carry over exactly.
         local: whether it was read from the local tier.
+        parts: the parts that were asked for; the others are as they were.
     """
 
     step: int | None
@@ -64,6 +74,7 @@ class RestoreReport:
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     local: bool = False
+    parts: frozenset[Part] = ALL_PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,7 @@ def restore(
     *,
     step: int | None,
     strict: bool,
+    parts: Collection[str] | None = None,
     tier: Tier | None = None,
 ) -> RestoreReport:
     """Bring the newest valid step (or the one asked for) into the live state.
@@ -101,10 +113,13 @@ def restore(
         state: the live state.
         step: a step number, or None for the newest that verifies.
         strict: refuse a difference in names between the checkpoint and the live state.
+        parts: the names of the parts to restore (:class:`~ckpt.state_parts.Part`); None for all.
+            The others are neither compared nor changed, and their bytes are not read.
         tier: this rank's local tier, or None on all ranks.
 
     Raises:
-        ConfigError: rank 0's tier holds steps of another run.
+        ConfigError: a step or parts that cannot be, or rank 0's tier holds steps of another run.
+        PlanError: ranks ask for different things.
         NoCheckpoint: no such step, or none of the root's steps is whole.
         DamagedError: the step asked for does not verify.
         StateError: names, shapes or dtypes differ, and nothing was changed; or a live object
@@ -113,12 +128,16 @@ def restore(
         StorageError: the store failed.
         SaveAborted: another rank failed; nothing was changed.
     """
+    asked = ask(board, topic, step, strict=strict, parts=parts)
     seen = 0
     candidates: list[_Candidate] = []
     if board.rank == 0:
         try:
+            compare(board, topic)
             seen = newest_epoch(storage)
             candidates = _candidates(storage, step, tier)
+        except RemoteFailure as error:
+            raise board.abort(f"{topic}/0/proposal", error).rebuild(keep=True) from error
         except CkptError as error:
             board.abort(f"{topic}/0/proposal", error)
             raise
@@ -128,10 +147,10 @@ def restore(
         proposed = candidates[number : number + 1]
         found = _propose(board, here, proposed, damaged, asked=step is not None)
         if found is None:
-            return RestoreReport(None, None, seen, tuple(damaged))
-        staged = _agree(storage, tier, board, here, state, found, damaged, strict=strict)
+            return RestoreReport(None, None, seen, tuple(damaged), parts=asked.parts)
+        staged = _agree(storage, tier, board, here, state, found, damaged, asked)
         if staged is not None:
-            notes = _apply(state, staged, board)
+            notes = _apply(state, staged, board, asked.parts)
             return RestoreReport(
                 *found.pair,
                 seen,
@@ -140,6 +159,7 @@ def restore(
                 staged.extra,
                 tuple(notes),
                 found.local,
+                asked.parts,
             )
     raise AssertionError  # the loop above only ends by return or raise
 
@@ -169,7 +189,6 @@ def _candidates(storage: Storage, step: int | None, tier: Tier | None) -> list[_
     lineage = [pair for pair in lineage if pair in here or pair in there]
     wanted = lineage
     if step is not None:
-        check_step(step)
         wanted = [pair for pair in lineage if pair[0] == step][:1]
         if not wanted:
             raise NoCheckpoint(_no_such_step(storage, step, lineage, known))
@@ -231,14 +250,13 @@ def _agree(
     state: TrainState,
     found: _Candidate,
     damaged: list[DamagedStep],
-    *,
-    strict: bool,
+    asked: Asked,
 ) -> Staged | None:
     """Stage a step on every rank; None (on every rank) if any found it damaged."""
     staged: Staged | None = None
     own: CkptError | None = None
     try:
-        staged, digest = _stage(storage, tier, state, found, board, strict=strict)
+        staged, digest = _stage(storage, tier, state, found, board, asked)
         board.answer(f"{topic}/check", {"digest": digest})
     except DamagedError as error:
         board.answer(f"{topic}/check", {"damaged": str(error)})
@@ -283,8 +301,7 @@ def _stage(
     state: TrainState,
     found: _Candidate,
     board: Board,
-    *,
-    strict: bool,
+    asked: Asked,
 ) -> tuple[Staged, str]:
     """Read and check everything this rank needs; nothing live changes.
 
@@ -311,7 +328,7 @@ def _stage(
         shared, ranks = read_state(storage, directory, manifest)
         check_base(state, manifest)
         live = state.live()
-        staged = match(state, live, manifest, shared, ranks, strict=strict)
+        staged = match(state, live, manifest, shared, ranks, strict=asked.strict, parts=asked.parts)
         pieces = local_pieces(staged.targets)
         staged.values = fetch(
             storage,
@@ -335,7 +352,7 @@ def _stage(
     return staged, hashlib.sha256(data).hexdigest()
 
 
-def _apply(state: TrainState, staged: Staged, board: Board) -> list[str]:
+def _apply(state: TrainState, staged: Staged, board: Board, parts: frozenset[Part]) -> list[str]:
     """Copy the verified values into place.
 
     Raises:
@@ -347,7 +364,7 @@ def _apply(state: TrainState, staged: Staged, board: Board) -> list[str]:
             torch._foreach_copy_(targets, list(staged.values.values()))
     try:
         notes = state.apply_values(
-            staged.shared, staged.ranks, staged.optimizer, board.rank, board.world
+            staged.shared, staged.ranks, staged.optimizer, board.rank, board.world, parts
         )
     except Exception as error:
         # They are the last word: nobody else can say whether their saved values are good.

@@ -18,9 +18,11 @@ from .optim import (
     optimizer_tensors,
     optimizer_values,
     parameter_names,
+    take_scheduled_rates,
 )
 from .rng import apply_rng, capture_rng, derive_rng
 from .state import encode_state
+from .state_parts import ALL_PARTS, Part
 from .types import MODEL_PREFIX, AdapterExport, BaseIdentity, TensorRule
 
 logger = logging.getLogger(__name__)
@@ -175,30 +177,39 @@ class TrainState:
             "per_rank": {name: item.state_dict() for name, item in self.per_rank.items()},
         }
 
-    def problems(self, shared: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    def problems(
+        self,
+        shared: Mapping[str, Any],
+        ranks: Sequence[Mapping[str, Any]],
+        parts: frozenset[Part] = ALL_PARTS,
+    ) -> list[str]:
         """What of the saved values has no live counterpart, or the other way round.
+
+        Args:
+            shared: what :meth:`shared_values` gave.
+            ranks: what :meth:`rank_values` gave on every rank that saved.
+            parts: the parts that are looked at.
 
         Raises:
             StateError: hyperparameters that cannot be given to the live optimizer's groups.
         """
         found = []
-        pairs = [
-            ("optimizer", shared["optimizer"], self.optimizer),
-            ("scheduler", shared["scheduler"], self.scheduler),
-            ("dataloader", ranks[0]["dataloader"], self.dataloader),
+        pairs: list[tuple[Part, str, Any, Any]] = [
+            (Part.OPTIMIZER, "optimizer", shared["optimizer"], self.optimizer),
+            (Part.SCHEDULER, "scheduler", shared["scheduler"], self.scheduler),
+            (Part.DATALOADER, "dataloader", ranks[0]["dataloader"], self.dataloader),
         ]
-        names = sorted({*ranks[0]["per_rank"], *self.per_rank})
-        pairs += [
-            (f"per_rank[{name!r}]", ranks[0]["per_rank"].get(name), self.per_rank.get(name))
-            for name in names
-        ]
-        for name, saved, live in pairs:
-            if (saved is None) != (live is None):
+        for name in sorted({*ranks[0]["per_rank"], *self.per_rank}):
+            saved, live = ranks[0]["per_rank"].get(name), self.per_rank.get(name)
+            pairs.append((Part.PER_RANK, f"per_rank[{name!r}]", saved, live))
+        for part, name, saved, live in pairs:
+            if part in parts and (saved is None) != (live is None):
                 where = "the checkpoint" if live is None else "the live state"
                 found.append(f"only {where} has {name}")
-        if shared["optimizer"] is not None and self.optimizer is not None:
+        optimizer = self.optimizer if Part.OPTIMIZER in parts else None
+        if shared["optimizer"] is not None and optimizer is not None:
             params = self.live().optimizer_params
-            reason = group_problem(self.optimizer, params, shared["optimizer"])
+            reason = group_problem(optimizer, params, shared["optimizer"])
             if reason:
                 raise StateError(reason)
         return found
@@ -210,6 +221,7 @@ class TrainState:
         optimizer_state: Mapping[str, Mapping[str, torch.Tensor]],
         rank: int,
         world: int,
+        parts: frozenset[Part] = ALL_PARTS,
     ) -> list[str]:
         """Give every live object its saved values.
 
@@ -219,27 +231,39 @@ class TrainState:
             optimizer_state: FQN, then key, to the tensor that holds the saved value.
             rank: this rank.
             world: number of ranks now.
+            parts: the parts that are given; the others stay as they are.
 
         Returns:
             What could not carry over exactly, for the log.
         """
-        if self.optimizer is not None and shared["optimizer"] is not None:
+        notes = []
+        optimizer = self.optimizer if Part.OPTIMIZER in parts else None
+        if optimizer is not None and shared["optimizer"] is not None:
             params = self.live().optimizer_params
-            apply_optimizer(self.optimizer, params, shared["optimizer"], optimizer_state)
-        if self.scheduler is not None and shared["scheduler"] is not None:
+            apply_optimizer(optimizer, params, shared["optimizer"], optimizer_state)
+        if (
+            Part.SCHEDULER in parts
+            and self.scheduler is not None
+            and shared["scheduler"] is not None
+        ):
             self.scheduler.load_state_dict(shared["scheduler"])
-        self.extra.clear()
-        self.extra.update(shared["extra"])
-        return self._apply_rank(ranks, rank, world)
+            if self.optimizer is not None and optimizer is None:
+                notes += take_scheduled_rates(self.optimizer, self.scheduler)
+        if Part.EXTRA in parts:
+            self.extra.clear()
+            self.extra.update(shared["extra"])
+        return notes + self._apply_rank(ranks, rank, world, parts)
 
-    def _apply_rank(self, ranks: Sequence[Mapping[str, Any]], rank: int, world: int) -> list[str]:
+    def _apply_rank(
+        self, ranks: Sequence[Mapping[str, Any]], rank: int, world: int, parts: frozenset[Part]
+    ) -> list[str]:
         notes = []
         same = len(ranks) == world
         mine = ranks[rank % len(ranks)]
         stateful: dict[str, tuple[Stateful, list[Any]]] = {}
-        if self.dataloader is not None:
+        if self.dataloader is not None and Part.DATALOADER in parts:
             stateful["dataloader"] = (self.dataloader, [entry["dataloader"] for entry in ranks])
-        for name, item in self.per_rank.items():
+        for name, item in self.per_rank.items() if Part.PER_RANK in parts else ():
             stateful[f"per_rank[{name!r}]"] = (item, [e["per_rank"].get(name) for e in ranks])
         for name, (item, saved) in stateful.items():
             value = saved[rank % len(ranks)]
@@ -251,6 +275,8 @@ class TrainState:
                     f"{name}: saved on {len(ranks)} ranks with different states, now {world}; "
                     f"rank {rank} continues from that of rank {rank % len(ranks)}"
                 )
+        if Part.RNG not in parts:
+            return notes
         # Last, because the objects above may draw numbers while they load.
         if same:
             notes += apply_rng(mine["rng"])

@@ -28,6 +28,32 @@ def test_fsdp_tp_and_both_restore_each_other(tmp_path):
                 assert digest == want, (world, kind)
         first += len(kinds)
     assert len(want) == 4 * (1 + 3)  # two weights and biases; exp_avg, exp_avg_sq, step of each
+    wanted = {"both": ["optimizer"], "tp": ["model"]}
+    for answers in run_ranks(4, ranks_reshard.reshard_parts, root, wanted):
+        for kind, (start, restored, before, after) in answers.items():
+            assert (start, restored) == (first - 1, wanted[kind])
+            prefix = "optim." if kind == "both" else "model."
+            assert after.keys() == want.keys()
+            for name, value in after.items():
+                assert value == (want if name.startswith(prefix) else before)[name], (kind, name)
+            assert any(before[name] != want[name] for name in after if name.startswith(prefix))
+
+
+DIFFERENCES = {
+    "step": "step is 1 on rank 0 and 0 on rank 1",
+    "strict": "strict is True on rank 0 and False on rank 1",
+    "parts": "parts is ['model', 'optimizer'] on rank 0 and ['model'] on rank 1",
+    "name": "no part of a checkpoint is called 'modell'",
+    "name of rank 0": "no part of a checkpoint is called 'modell'",
+}
+
+
+def test_ranks_that_ask_for_different_things_all_hear_it(tmp_path):
+    for answers in run_ranks(2, ranks_reshard.disagree, str(tmp_path), list(DIFFERENCES)):
+        for way, message in DIFFERENCES.items():
+            kind, text = answers[way]
+            assert kind == ("ConfigError" if way.startswith("name") else "PlanError"), way
+            assert message in text, way
 
 
 def test_each_rank_reads_its_own_part(tmp_path):

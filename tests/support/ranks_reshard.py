@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ckpt import CheckpointManager, Retention, TrainState
+from ckpt import CheckpointManager, CkptError, Retention, TrainState
 from support.tiny_run import whole
 
 
@@ -82,3 +82,52 @@ def read_large(rank: int, world: int, root: str) -> int:
         before = manager._storage.traffic
         manager.restore(TrainState(model))
         return (manager._storage.traffic - before).received
+
+
+def reshard_parts(
+    rank: int, world: int, root: str, wanted: dict[str, list[str]]
+) -> dict[str, tuple[int | None, list[str], dict[str, str], dict[str, str]]]:
+    """Partial restores, each under a kind of its own; digests before and after each."""
+    found = {}
+    for kind, parts in wanted.items():
+        model, optimizer = build(kind, world, seed=7)  # the same on all ranks
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+        state = TrainState(model, optimizer)
+        before = digest(state)
+        with CheckpointManager(root, vote_timeout=20) as manager:
+            start = manager.restore(state, parts=parts)
+            assert manager.last_restore is not None
+            restored = sorted(manager.last_restore.parts)
+        found[kind] = (start, restored, before, digest(state))
+    return found
+
+
+def disagree(rank: int, world: int, root: str, ways: list[str]) -> dict[str, list[str]]:
+    """Ask for something else on rank 1; the error, and whether anything changed."""
+    state = TrainState(*build("fsdp", world, seed=3))
+    with CheckpointManager(root, vote_timeout=20) as manager:
+        manager.save(0, state)
+        manager.save(1, state)
+    dist.barrier()
+    found = {}
+    for way in ways:
+        model, optimizer = build("fsdp", world, seed=rank)
+        state = TrainState(model, optimizer)
+        local = [parameter.to_local().clone() for parameter in model.parameters()]
+        asked: dict[str, object] = {
+            "step": {"step": 0 if rank else 1},
+            "strict": {"strict": rank == 0},
+            "parts": {"parts": {"model"} if rank else {"model", "optimizer"}},
+            "name": {"parts": {"modell"} if rank else {"model"}},
+            "name of rank 0": {"parts": {"model"} if rank else {"modell"}},
+        }[way]
+        with CheckpointManager(root, vote_timeout=10) as manager:
+            try:
+                manager.restore(state, **asked)  # type: ignore[arg-type]
+            except CkptError as error:
+                found[way] = [type(error).__name__, str(error)]
+        now = [parameter.to_local() for parameter in model.parameters()]
+        assert all(map(torch.equal, local, now))
+    return found
