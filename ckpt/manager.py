@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -22,7 +22,7 @@ from .planner import Planner
 from .preempt import DEADLINE_S, Preemption
 from .publish import check_probe
 from .rendezvous import join
-from .restore import RestoreReport, restore
+from .restoring import RESTORE_PATIENCE, Restoring
 from .retain import Keeper
 from .save import SavePipeline
 from .staging import Staging
@@ -36,11 +36,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RUN = "run"
 FAREWELL_SECONDS = 30.0
-RESTORE_PATIENCE = 4
-"""Restores read everything before they vote: they get this many times the vote's deadline."""
 
 
-class CheckpointManager:
+class CheckpointManager(Restoring):
     """Saves a :class:`TrainState` in the background and restores it.
 
     Every rank of the group makes one, with the same arguments, and makes the same calls in the
@@ -103,9 +101,6 @@ class CheckpointManager:
         self._ranks = join(process_group, vote_timeout)
         rank, world = self._ranks.rank, self._ranks.world
         self._board = Board(self._ranks.stores[0], rank, world, vote_timeout)
-        self._restore_board = Board(
-            self._ranks.stores[0], rank, world, RESTORE_PATIENCE * vote_timeout
-        )
         self._background = Board(self._ranks.stores[1], rank, world, vote_timeout)
         tiers = self._tiers = join_tiers(local_tier, root, self._root, self._board, keep)
         storage = self._storage = self._root if tiers is None else tiers.storage
@@ -132,16 +127,11 @@ class CheckpointManager:
         )
         self._preemption = Preemption(self._board)
         self._vote_timeout = vote_timeout
-        self._restores = 0
-        self._report: RestoreReport | None = None
         self._closed = False
+        patient = Board(self._ranks.stores[0], rank, world, RESTORE_PATIENCE * vote_timeout)
+        super().__init__(self._root, patient, self._planner, self._staging, tiers)
         if tiers is not None:
             tiers.start(root, self._ranks.nonce, name, storage_options)
-
-    @property
-    def last_restore(self) -> RestoreReport | None:
-        """What the last :meth:`restore` did: damaged steps, differences, notes."""
-        return self._report
 
     def save(
         self,
@@ -285,56 +275,6 @@ class CheckpointManager:
                 msg = f"the last save, step {step}, was not committed before the deadline"
                 raise VoteTimeout(msg) from error
         return handle
-
-    def restore(
-        self,
-        state: TrainState,
-        *,
-        step: int | None = None,
-        strict: bool = True,
-        parts: Collection[str] | None = None,
-    ) -> int | None:
-        """Bring the newest valid step into the live state, in place.
-
-        Saves under way are finished first. Damaged steps are passed over, with a warning, and
-        listed in :attr:`last_restore`. On another number of ranks the tensors are resharded;
-        random number generators are seeded anew from the saved ones, and rank ``r`` takes the
-        data position and ``per_rank`` state of rank ``r % old``.
-
-        Args:
-            state: the live state; its optimizer needs no step before.
-            step: a step number, or None for the newest.
-            strict: refuse a difference in names; otherwise what fits is restored.
-            parts: the names of the parts to restore (:class:`~ckpt.state_parts.Part`), e.g.
-                ``{"model"}`` or ``ALL_PARTS - {"optimizer"}``; the others stay as they are, and
-                the bytes of theirs are not read. None restores everything.
-
-        Returns:
-            The restored step, or None if the root holds none.
-
-        Raises:
-            ConfigError, PlanError, NoCheckpoint, DamagedError, StateError, BaseMismatch,
-                StorageError, SaveAborted: see :func:`ckpt.restore.restore`; nothing live was
-                changed.
-        """
-        self._require_open()
-        self.wait()
-        self._restores += 1
-        topic = f"restore/{self._restores}"
-        report = restore(
-            self._root,
-            self._restore_board,
-            topic,
-            state,
-            step=step,
-            strict=strict,
-            parts=parts,
-            tier=None if self._tiers is None else self._tiers.tier,
-        )
-        self._report = report
-        self._planner.restored(report)
-        self._staging.taken.clear()
-        return report.step
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until nothing is in the background, and raise what failed there.

@@ -112,7 +112,7 @@ PLAIN_FIELDS: Final = frozenset(
 )
 """Fields of PEFT's configuration that a plain ``scaling * B A`` may have set."""
 
-_OFF: Final = (None, False, "none", "", [], {})
+_OFF: Final[tuple[Any, ...]] = (None, False, "none", "", [], {})
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
