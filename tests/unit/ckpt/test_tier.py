@@ -452,26 +452,27 @@ def test_marks_name_steps_and_versions_only():
         assert parse_mark(foreign) is None
 
 
-def _hold(path, ready, stop):
+def _hold(path, link):
     lock = FileLock.take(path)
-    ready.put(lock is not None)
+    link.send(lock is not None)  # written when this returns, unlike an item of a Queue
     child = os.fork()  # as a data loader's worker: it must not keep the lock alive
     if child == 0:
-        stop.get()
+        link.poll(120)  # also returns when the test is gone
         os._exit(0)
     os._exit(0)
 
 
 def test_a_lock_dies_with_its_holder_even_if_a_forked_child_lives_on(tmp_path):
     context = multiprocessing.get_context("spawn")
-    ready, stop = context.Queue(), context.Queue()
-    holder = context.Process(target=_hold, args=(tmp_path / "lock", ready, stop))
+    link, theirs = context.Pipe()
+    holder = context.Process(target=_hold, args=(tmp_path / "lock", theirs))
     holder.start()
-    assert ready.get(timeout=60)
+    assert link.poll(60)
+    assert link.recv()
     taken = []
     wait_for(lambda: taken.append(FileLock.take(tmp_path / "lock")) or taken[-1])
     lock = taken[-1]
-    stop.put(None)
+    link.send("stop")
     holder.join(60)
     assert FileLock.take(tmp_path / "lock") is None
     lock.release()
