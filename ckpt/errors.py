@@ -22,7 +22,8 @@ standard-library parent so that callers can catch it without importing us::
     │   └── VoteTimeout        (TimeoutError)       a rank did not answer in time
     ├── CommitUnknown          (RuntimeError)       the manifest's fate could not be read back
     ├── PublishError           (RuntimeError)       the version failed; the step is not affected
-    └── HandoffTimeout         (TimeoutError)       no newer version, or no answer, in time
+    ├── HandoffTimeout         (TimeoutError)       no newer version, or no answer, in time
+    └── CacheFull              (RuntimeError)       what is in use leaves a cache no room
 """
 
 from __future__ import annotations
@@ -106,3 +107,7 @@ class PublishError(CkptError, RuntimeError):
 
 class HandoffTimeout(CkptError, TimeoutError):
     """What a reader or an engine waited for did not come before the deadline."""
+
+
+class CacheFull(CkptError, RuntimeError):
+    """A node's cache has no room for a version beside those that may not be deleted."""
