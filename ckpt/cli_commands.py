@@ -34,6 +34,7 @@ from .cli_console import (
     write_json,
 )
 from .cli_convert import export_to_dcp, import_command
+from .cli_lint import lint_command
 from .cli_mirror import mirror_command
 from .cli_prune import pin_command, prune_command, unpin_command
 from .consolidate import consolidate
@@ -337,6 +338,7 @@ def export_command(
         output_console().print(show.facts_table(facts))
 
 
+app.command("lint")(lint_command)
 app.command("prune")(prune_command)
 app.command("pin")(pin_command)
 app.command("unpin")(unpin_command)

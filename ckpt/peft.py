@@ -107,7 +107,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
         )
         raise ObjectNotFound(msg)
     config = _read_config(weights.parent)
-    read = _read_legacy if weights.suffix in (".bin", ".pt", ".pth") else _read_safetensors
+    read = read_legacy_weights if weights.suffix in (".bin", ".pt", ".pth") else _read_safetensors
     return config, _without_adapter_name(read(weights), weights)
 
 
@@ -135,7 +135,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedError(msg) from error
 
 
-def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
+def read_legacy_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.bin`` or ``.pt`` file as PEFT and torch wrote them once.
+
+    Raises:
+        DamagedError: it does not parse, or holds anything but tensors by name.
+    """
     try:
         # weights_only admits tensors and containers alone: no code of the file runs.
         loaded = torch.load(path, map_location="cpu", weights_only=True)

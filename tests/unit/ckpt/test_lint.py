@@ -1,0 +1,50 @@
+"""``ckpt.lint``: what each engine does about an adapter, row by row, and what the rest is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.lint_rows import BASE_CONFIG, ROWS
+
+from ckpt.lint import ENGINES, RULES, BaseModel, Effect, Severity, lint_adapter
+
+GRAVITY = (None, Effect.TAKEN, Effect.REFUSED, Effect.WRONG, Effect.DIES)
+
+
+@pytest.fixture
+def base():
+    return BaseModel.from_config(BASE_CONFIG)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_table(tmp_path, base, name):
+    row = ROWS[name]
+    found = lint_adapter(row.build().write(tmp_path / "adapter"), base=base)
+    assert {one.code for one in found} == row.codes
+    for engine in ENGINES:
+        effects = [one.effect for one in found if one.engine == engine]
+        assert max(effects, key=GRAVITY.index, default=None) == getattr(row, engine), engine
+    for one in found:
+        taken = one.effect is Effect.TAKEN
+        assert one.severity is (Severity.warning if taken else Severity.error)
+        assert one.where
+        assert one.remedy
+
+
+def table() -> str:
+    lines = ["| code | what | PEFT | vLLM | SGLang |", "|---|---|---|---|---|"]
+    for rule in RULES.values():
+        cells = []
+        for engine in ENGINES:
+            effect, words = rule.effects.get(engine, (None, ""))
+            cells.append(f"**{effect}**: {words}" if effect else "")
+        lines.append(f"| `{rule.code}` | {rule.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_guide_has_every_rule():
+    guide = (Path(__file__).parents[3] / "docs" / "portable-adapters.md").read_text("utf-8")
+    _, _, rest = guide.partition("<!-- rules -->\n")
+    shown, _, _ = rest.partition("\n<!-- end of rules -->")
+    assert shown == table()
