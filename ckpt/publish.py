@@ -42,6 +42,7 @@ from .layout import (
     version_dir,
     version_name,
 )
+from .lint import check_publishable
 from .manifest import VersionManifest
 from .peft import WeightsFile, write_adapter_files
 from .source import TensorSource
@@ -101,6 +102,7 @@ def publish_version(
     authority = authority or storage
     try:
         plan = (plans or AdapterPlans()).plan(export, source.records, dtype)
+        check_publishable(plan.header, export.peft_config)
         number = _claim(authority, run, epoch, attempt)
         claimed = version_name(run, number)
         weights = WeightsFile(plan.size, stream_adapter(plan, source))

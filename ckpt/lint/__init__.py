@@ -8,6 +8,7 @@ dies of it at the first request. :data:`~ckpt.lint.codes.RULES` holds what is kn
 from .base import BaseModel
 from .codes import RULES
 from .finding import ENGINES, Effect, Engine, Finding, Rule, Severity
+from .gate import check_publishable
 from .run import lint_adapter, lint_export
 from .subject import LintLimits, TensorForm
 
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "Severity",
     "TensorForm",
+    "check_publishable",
     "lint_adapter",
     "lint_export",
 ]
