@@ -1,11 +1,10 @@
-"""The commands of ``ckpt`` that look at a run and export from it: ls, inspect, verify, export."""
+"""The commands of ``ckpt`` that look at a run (ls, inspect, verify), and all others gathered."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from enum import StrEnum
 from typing import Annotated, Any, Final
 
 import typer
@@ -18,7 +17,6 @@ from .cli_console import (
     FOUND,
     USAGE,
     AsJson,
-    Dtype,
     Endpoint,
     Epoch,
     Step,
@@ -30,21 +28,19 @@ from .cli_console import (
     progress,
     refuse_both,
     reported,
-    store_options,
     write_json,
 )
-from .cli_convert import export_to_dcp, import_command
+from .cli_convert import import_command
+from .cli_export import export_command
 from .cli_lint import lint_command
 from .cli_mirror import mirror_command
 from .cli_prune import pin_command, prune_command, unpin_command
-from .consolidate import consolidate
-from .errors import ConfigError, NoCheckpoint
+from .errors import NoCheckpoint
 from .storage import Storage
 from .types import FileRecord
 from .versions import (
     VersionEntry,
     check_version,
-    export_version,
     find_version,
     list_versions,
 )
@@ -58,13 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Format(StrEnum):
-    """What an export writes."""
-
-    peft = "peft"
-    dcp = "dcp"
 
 
 def run() -> int:
@@ -267,77 +256,7 @@ def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
     console.print(Text(f"{len(results)} checked: {verdict}", style="bold"))
 
 
-@app.command("export")
-def export_command(
-    url: Url,
-    out: Annotated[str, typer.Argument(help="The directory to make: local, or (PEFT) a URL.")],
-    step: Step = None,
-    epoch: Epoch = None,
-    version: Version = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of the tensors; bfloat16 by default.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is at OUT already.")
-    ] = False,
-    form: Annotated[
-        Format, typer.Option("--format", help="A PEFT directory, or a checkpoint of stock DCP.")
-    ] = Format.peft,
-    endpoint_url: Endpoint = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the adapter of a step (by default the newest) or a version; or a step for stock DCP."""
-    with reported(as_json):
-        refuse_both(step, version)
-        if form is Format.dcp:
-            if version is not None or dtype is not None or overwrite:
-                raise ConfigError("--version, --dtype and --overwrite are for --format peft")
-            export_to_dcp(url, out, step, epoch, endpoint_url, as_json)
-            return
-        if version is not None and dtype is not None:
-            raise ConfigError("a version is copied as it was published: leave --dtype out")
-        storage = open_root(url, endpoint_url)
-        options = store_options(out, endpoint_url)
-        if version is not None:
-            manifest, written = export_version(
-                storage, version, out, overwrite=overwrite, out_storage_options=options
-            )
-            source, used = version, manifest.dtype
-        else:
-            used = (dtype or Dtype.bfloat16).value
-            result = consolidate(
-                url,
-                step,
-                out,
-                epoch=epoch,
-                dtype=used,
-                overwrite=overwrite,
-                storage_options=store_options(url, endpoint_url),
-                out_storage_options=options,
-            )
-            written = result.written
-            source = f"step {result.step} (writer {result.epoch})"
-        size = sum(file.size for file in written.files)
-        if as_json:
-            write_json(
-                {
-                    "source": source,
-                    "out": out,
-                    "dtype": used,
-                    "adapter_sha256": written.sha256,
-                    "files": [show.file_json(file) for file in written.files],
-                }
-            )
-            return
-        facts = [
-            ("exported", source),
-            ("to", out),
-            ("size", f"{show.size_text(size)}, {used}"),
-            ("SHA-256", written.sha256),
-        ]
-        output_console().print(show.facts_table(facts))
-
-
+app.command("export")(export_command)
 app.command("lint")(lint_command)
 app.command("prune")(prune_command)
 app.command("pin")(pin_command)
