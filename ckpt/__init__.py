@@ -30,6 +30,7 @@ from .handle import SaveHandle
 from .manager import CheckpointManager
 from .restore import DamagedStep, RestoreReport
 from .state_parts import ALL_PARTS, Part
+from .takeover import WarmStart, warm_start
 from .train_state import TrainState
 from .types import AdapterExport, BaseIdentity, Retention, SaveMetrics, TensorRule
 
@@ -65,4 +66,6 @@ __all__ = [
     "TrainState",
     "UnrestoredRoot",
     "VoteTimeout",
+    "WarmStart",
+    "warm_start",
 ]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from os import PathLike
+from typing import Any
 
+from .adapter_fit import KeyMap
 from .planner import Planner
 from .restore import RestoreReport, restore
 from .staging import Staging
 from .storage import Storage
+from .takeover import Source, WarmStart, take_over
 from .tier_group import TierGroup
 from .train_state import TrainState
+from .types import AdapterExport
 from .vote import Board
 
 RESTORE_PATIENCE = 4
@@ -97,6 +102,43 @@ class Restoring(ABC):
         self._plans.restored(report)
         self._saves.taken.clear()
         return report.step
+
+    def warm_start(
+        self,
+        state: TrainState,
+        url: str | PathLike[str],
+        *,
+        export: AdapterExport | Mapping[str, Any] | None = None,
+        keymap: KeyMap | None = None,
+        rescale: bool = False,
+        any_base: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> WarmStart:
+        """Begin a run with the values of a PEFT adapter; every rank calls this.
+
+        For a root without steps: :meth:`restore` said None. Afterwards the model computes what the
+        adapter's own model computed; nothing but the model's trainable tensors is changed.
+
+        Args:
+            state: the live state, with an optimizer that has made no step.
+            url: a PEFT directory, or a published version's: a path, or a URL of any store.
+            export: how the live state becomes a PEFT adapter, if not as its model says.
+            keymap: renames the directory's keys before they are compared.
+            rescale: fold a scaling (``alpha / r``) that is not the live one into B.
+            any_base: do not compare the base models.
+            storage_options: for the directory's store (never stored or logged).
+
+        Returns:
+            What was taken.
+
+        Raises:
+            CkptError: see :func:`ckpt.takeover.take_over`; nothing live was changed.
+        """
+        self._require_open()
+        self.wait()
+        self._restores += 1
+        source = Source(url, export, keymap, rescale, any_base, storage_options)
+        return take_over(self._patient, f"warm/{self._restores}", state, source)
 
     @abstractmethod
     def wait(self, timeout: float | None = None) -> None:

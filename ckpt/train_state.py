@@ -122,14 +122,14 @@ class TrainState:
             ConfigError: the given or the model's own export is malformed.
         """
         if self._export is not None:
-            return _export(self._export)
+            return export_of(self._export)
         for model in self.models:
             inner: Any = getattr(model, "module", model)
             maker: Callable[[], Mapping[str, Any]] | None = getattr(
                 model, "adapter_export", getattr(inner, "adapter_export", None)
             )
             if maker is not None:
-                return _export(maker())
+                return export_of(maker())
         return None
 
     def live(self) -> LiveTensors:
@@ -317,7 +317,12 @@ def _base(base: BaseIdentity | Mapping[str, Any] | None) -> BaseIdentity | None:
         raise ConfigError(msg) from error
 
 
-def _export(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:
+def export_of(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:
+    """An export as a record, whichever way it was given.
+
+    Raises:
+        ConfigError: a mapping without the fields that are needed.
+    """
     if isinstance(export, AdapterExport):
         return export
     try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         is_lora_adapter_checkpoint,
         load_lora_adapter,
         save_lora_adapter,
+        warm_start,
     )
     from .types import EngineLike, FullWeightSink, SaveLoadMeta, WeightSink
 
@@ -31,6 +32,7 @@ _HOMES = {
     "is_lora_adapter_checkpoint": "lora_checkpoint",
     "load_lora_adapter": "lora_checkpoint",
     "save_lora_adapter": "lora_checkpoint",
+    "warm_start": "lora_checkpoint",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "is_lora_adapter_checkpoint",
     "load_lora_adapter",
     "save_lora_adapter",
+    "warm_start",
 ]
 
 

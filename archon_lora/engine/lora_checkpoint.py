@@ -8,9 +8,9 @@ so a load gives back the same bits. Barriers and transfers are on ``engine.cpu_g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +31,16 @@ from ckpt.peft import (
 )
 from ckpt.peft_config import config_bytes
 from ckpt.storage import Buffer, Storage, open_storage
+from ckpt.takeover import WarmStart
+from ckpt.takeover import warm_start as start_from
 
 from .adapter_stream import AdapterStream, require_lora
 from .agree import agree, attempt, deadline_of, gather_json, rank_of
 from .gather import as_bytes, dtype_name, dtype_named
 from .types import EngineLike
+
+if TYPE_CHECKING:
+    from .engine import ArchonEngine
 
 
 def is_lora_adapter_checkpoint(path: str | Path) -> bool:
@@ -127,6 +132,42 @@ def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
     for parameter, value in plan:
         copy_local_(parameter, value)
     agree(group, None, what=f"loading the adapter at {where}", timeout=timeout)
+
+
+def warm_start(
+    engine: ArchonEngine,
+    url: str | Path,
+    *,
+    rescale: bool = False,
+    any_base: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> WarmStart:
+    """Begin with the values of an adapter that exists; every rank must call, each reads its part.
+
+    Unlike :func:`load_lora_adapter` it takes the URL of any store, reads no tensor whole, compares
+    the base models, and refuses an adapter of another ``alpha / r`` unless told to fold it in.
+
+    Args:
+        engine: its LoRA must be on; its optimizer should have made no step.
+        url: a PEFT directory, or a published version's.
+        rescale: fold a scaling that is not the engine's into B.
+        any_base: do not compare the base models.
+        storage_options: for the directory's store.
+
+    Raises:
+        LoRANotEnabled: LoRA is off; the message names the setting.
+        CkptError: see :func:`ckpt.takeover.take_over`; nothing was changed.
+    """
+    require_lora(engine, f"a warm start from {shown(url)}")
+    return start_from(
+        engine.train_state(),
+        url,
+        rescale=rescale,
+        any_base=any_base,
+        storage_options=storage_options,
+        process_group=engine.cpu_group,
+        timeout=deadline_of(engine),
+    )
 
 
 def shown(path: str | Path) -> str:
