@@ -99,6 +99,8 @@ class VersionCache:
         self._pulling = threading.Lock()  # one pull at a time; held while the store is asked
         self._mutex = threading.RLock()  # never held while the store is asked
         self._newest: str | None = None
+        self.evicted = 0
+        """How many versions were deleted to keep within the bounds."""
         self._in_use: frozenset[str] | None = None
         self._last_used: dict[str, float] = {}
         self._verified: dict[str, VersionManifest] = {}
@@ -276,6 +278,7 @@ class VersionCache:
             self._verified.pop(name, None)
             self._last_used.pop(name, None)
         self._store.delete_tree(trash)
+        self.evicted += 1
         return True
 
     def _read_manifest(self, name: str) -> VersionManifest:

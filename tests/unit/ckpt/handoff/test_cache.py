@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.versions import damage, publish_one
+from support.published import damage, publish_one
 
 from ckpt.errors import CacheFull, ConfigError, DamagedError
 from ckpt.handoff.cache import VersionCache

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import fake_vllm
-from support.versions import damage, publish_one
+from support.published import damage, publish_one
 
 from archon_lora.models import base_fingerprint
 from ckpt.errors import ConfigError, StorageError

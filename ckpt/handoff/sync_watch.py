@@ -1,0 +1,218 @@
+"""The half of the sidecar that watches the root: finds versions and brings them into the cache.
+
+It runs in a thread of its own, since a store that is down can hold a request for minutes, and the
+engines are not to wait for it. What it brings, it *offers*; only the newest offer counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ckpt.errors import CacheFull, CkptError, ConfigError, DamagedError, NoCheckpoint, StorageError
+from ckpt.layout import parse_version_name, version_name
+from ckpt.versions import version_names
+
+from .backoff import Backoff, Setbacks
+from .cache import VersionCache
+from .lease_keeper import LeaseKeeper
+from .registry import Registry, Version
+from .sync_status import SyncStatus
+
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 30.0
+FULL_PAUSE_S: Final = 1.0
+"""Room in the cache comes when an engine lets go of a version: soon, as a rule."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A version that lies in the cache, whole."""
+
+    version: Version
+    directory: Path
+
+
+class Watcher:
+    """Watches one run of one root.
+
+    Args:
+        registry: the root.
+        run: the run whose versions are served.
+        cache: where they go.
+        leases: takes a lease on a version before it is pulled.
+        setbacks: versions that are passed over for now, shared with who tries them on engines.
+        status: told what happens.
+        poll_s: seconds between two looks, each of which is one listing.
+        on_offer: called after every new offer.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        run: str,
+        cache: VersionCache,
+        leases: LeaseKeeper,
+        setbacks: Setbacks,
+        status: SyncStatus,
+        *,
+        poll_s: float,
+        on_offer: Callable[[], object],
+    ) -> None:
+        self._registry, self._run, self._cache = registry, run, cache
+        self._leases, self._setbacks, self._status = leases, setbacks, status
+        self._poll_s, self._on_offer = poll_s, on_offer
+        self._mutex = threading.Lock()
+        self._offer: Offer | None = None
+        self._floor = -1
+        self._store_up = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="ckpt-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end; :meth:`join` waits for it."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the thread has ended within the time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def offer(self) -> Offer | None:
+        """The version that should be served, if it is not passed over by now."""
+        with self._mutex:
+            if self._offer is None or self._setbacks.waiting(self._offer.version.name):
+                return None
+            return self._offer
+
+    def serving(self, number: int) -> None:
+        """What is live: nothing below it will be offered any more."""
+        with self._mutex:
+            self._floor = max(self._floor, number)
+
+    def withdraw(self, name: str) -> None:
+        """A version is passed over: the next look brings another one, or this one anew."""
+        with self._mutex:
+            if self._offer is not None and self._offer.version.name == name:
+                self._offer = None
+
+    @property
+    def store_up(self) -> bool:
+        """Whether the last look at the root was answered."""
+        return self._store_up
+
+    def look(self) -> bool:
+        """Look at the root once, and offer what should be served; whether the store answered."""
+        with self._mutex:
+            floor = self._floor
+        try:
+            names = version_names(self._registry.storage, self._run)
+            numbers = [number for (_run, number), has_dir in names.items() if has_dir]
+            self._store_up = True
+            self._status.store_answered(max(numbers, default=None))
+            for number in reversed(numbers):
+                if number <= floor or self._try(version_name(self._run, number)):
+                    break
+        except StorageError as error:
+            self._status.store_failed(" ".join(str(error).split()))
+            log.warning("the root does not answer, trying again: %s", error)
+            self._store_up = False
+            self._offer_cached()
+            return False
+        return True
+
+    def _offer_cached(self) -> None:
+        """While the root does not answer: the newest version that lies here whole.
+
+        It was the newest when this node last saw the root, so engines that have lost their adapters
+        serve it again.
+        """
+        with self._mutex:
+            if self._offer is not None or self._floor >= 0:
+                return
+        for entry in reversed(self._cache.entries()):
+            pair = parse_version_name(entry.name)
+            if pair is None or pair[0] != self._run or self._setbacks.waiting(entry.name):
+                continue
+            manifest = self._cache.find(entry.name)
+            if manifest is not None:
+                log.warning("%s is taken from the cache meanwhile", entry.name)
+                version = Version.of(manifest, self._registry.url)
+                with self._mutex:
+                    self._offer = Offer(version, self._cache.path(entry.name))
+                self._on_offer()
+                return
+
+    def _try(self, name: str) -> bool:
+        """Bring a version into the cache and offer it; False to try an older one.
+
+        Raises:
+            StorageError: the store failed, which says nothing of the version.
+        """
+        if self._setbacks.waiting(name):
+            return False
+        with self._mutex:
+            if self._offer is not None and self._offer.version.name == name:
+                return True
+        try:
+            version = self._registry.get(name)
+            self._leases.take(name)
+            begun = time.monotonic()
+            here = self._cache.find(name) is not None
+            directory = self._cache.get(self._registry, version)
+        except NoCheckpoint:
+            self._leases.drop(name)
+            return False  # not committed yet, or being deleted: neither is worth a word
+        except DamagedError as error:
+            self._leases.drop(name)
+            self._pass_over(name, "damaged", error)
+            return False
+        except (CacheFull, ConfigError) as error:
+            self._leases.drop(name)
+            self._pass_over(name, "pull", error, FULL_PAUSE_S)
+            return True  # an older one would not fit any better
+        if not here:
+            self._status.pulled(version.bytes, time.monotonic() - begun)
+            log.info("%s lies in the cache, verified", name)
+        with self._mutex:
+            self._offer = Offer(version, directory)
+        self._on_offer()
+        return True
+
+    def _pass_over(self, name: str, why: str, error: CkptError, cap_s: float | None = None) -> None:
+        record = self._setbacks.add(name, " ".join(str(error).split()), cap_s)
+        self._status.passed_over(why, self._setbacks.reasons())
+        if record.count & (record.count - 1) == 0:  # the first time, then ever more seldom
+            log.warning("%s is passed over (%d times now): %s", name, record.count, error)
+
+    def _loop(self) -> None:
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        while not self._stop.is_set():
+            try:
+                answered = self.look()
+            except Exception:  # the sidecar goes on: engines must not lose it to one surprise
+                self._status.count("errors")
+                log.exception("looking at the root failed in a way nothing was prepared for")
+                answered = False
+            if answered:
+                backoff.succeeded()
+                pause = self._poll_s
+            else:
+                pause = backoff.failed()
+            self._stop.wait(pause)
