@@ -36,6 +36,7 @@ from .cli_lint import lint_command
 from .cli_mirror import mirror_command
 from .cli_prune import pin_command, prune_command, unpin_command
 from .cli_sync import sync_command
+from .cli_versions import publish_command, versions_command
 from .errors import NoCheckpoint
 from .storage import Storage
 from .types import FileRecord
@@ -259,6 +260,8 @@ def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
 
 app.command("export")(export_command)
 app.command("lint")(lint_command)
+app.command("versions")(versions_command)
+app.command("publish")(publish_command)
 app.command("prune")(prune_command)
 app.command("pin")(pin_command)
 app.command("unpin")(unpin_command)

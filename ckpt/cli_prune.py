@@ -28,10 +28,10 @@ from .cli_uploads import DEFAULT_AGE, age, upload_rows
 from .errors import ConfigError, NoCheckpoint
 from .holds import pin, pinned, remove_unless_held, unpin
 from .layout import parse_step_dir, step_name
-from .retain import review, review_versions
+from .retain import review
 from .storage import Storage
 from .types import Retention
-from .versions import delete_version
+from .version_retain import apply_fate, review_versions
 
 
 class Mode(StrEnum):
@@ -113,11 +113,12 @@ def _steps(storage: Storage, rule: Retention, dry_run: bool) -> list[dict[str, A
 
 def _versions(storage: Storage, count: int, run: str | None, dry_run: bool) -> list[dict[str, Any]]:
     rows = []
-    for entry, kept in review_versions(storage, count, run):
-        if kept is None and not dry_run:
-            kept = delete_version(storage, entry.name)
-        reason = kept or f"not among the newest {count}"
-        rows.append(_row(entry.path, entry.state, entry.bytes, kept is not None, reason))
+    for fate in review_versions(storage, count, run):
+        keep, reason, entry = fate.keep, fate.reason, fate.entry
+        if not keep and not dry_run:
+            held = apply_fate(storage, fate)
+            keep, reason = held is not None, held or reason
+        rows.append(_row(entry.path, entry.state, entry.bytes, keep, reason))
     return rows
 
 

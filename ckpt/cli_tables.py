@@ -147,13 +147,17 @@ def steps_table(entries: Sequence[StepEntry]) -> Table:
     return table
 
 
-def versions_table(entries: Sequence[VersionEntry]) -> Table:
-    """The published versions of a root, newest last."""
+def versions_table(
+    entries: Sequence[VersionEntry], holds: Sequence[str | None] | None = None
+) -> Table:
+    """The published versions of a root, newest last; with what holds each, if that is known."""
     table = _table("published versions", (), ("version", "state"), ("step", "policy"))
     for name in ("dtype", "SHA-256", "created (UTC)"):
         table.add_column(name, no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    for entry in entries:
+    if holds is not None:
+        table.add_column("held", overflow="fold")
+    for place, entry in enumerate(entries):
         manifest = entry.manifest
         table.add_row(
             entry.name,
@@ -164,6 +168,7 @@ def versions_table(entries: Sequence[VersionEntry]) -> Table:
             "-" if manifest is None else f"{manifest.adapter_sha256[:12]}…",
             time_text(None if manifest is None else manifest.created),
             size_text(entry.bytes),
+            *([] if holds is None else [holds[place] or "-"]),
         )
     return table
 

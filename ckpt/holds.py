@@ -259,6 +259,24 @@ def hold(storage: Storage, name: str) -> str | None:
     return f"in use by {', '.join(holders)}" if holders else None
 
 
+class Holds:
+    """What is held in a root, by two listings; a lease is read when its version is asked about.
+
+    For decisions about many at once; who deletes asks :func:`hold` again.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._pinned = pinned(storage)
+        self._leased = {entry.name for entry in storage.list(LEASES) if entry.is_dir}
+
+    def of(self, name: str) -> str | None:
+        """Why a step or version may not be deleted, or None."""
+        if name in self._pinned:
+            return "pinned"
+        return hold(self._storage, name) if name in self._leased else None
+
+
 def remove_unless_held(
     storage: Storage, name: str, held: Callable[[Storage, str], str | None] = hold
 ) -> str | None:

@@ -48,6 +48,7 @@ _TMP_STEP = re.compile(r"\.tmp-([0-9]{8})-([a-z0-9]{4,64})")
 _WRITER = re.compile(r"([0-9]{4})\.json")
 _SHARD = re.compile(r"shard-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)-v([0-9]{8})")
+_TMP_VERSION = re.compile(r"\.tmp-([A-Za-z0-9][A-Za-z0-9_-]*)-[a-z0-9]{4,64}")
 _CLAIM_SUFFIX = ".claim.json"
 _LEASE_SUFFIX = ".json"
 _PIN_SUFFIX = ".json"
@@ -242,6 +243,12 @@ def tmp_version_dir(name: str, attempt: str) -> str:
     """``adapters/.tmp-<version>-<attempt>``: a version that is being written (POSIX)."""
     check_name("version name", name)
     return f"{ADAPTERS}/{TMP_PREFIX}{name}-{check_attempt(attempt)}"
+
+
+def parse_tmp_version_dir(name: str) -> str | None:
+    """The version's name of an unfinished entry of ``adapters/``, or None for a foreign name."""
+    match = _TMP_VERSION.fullmatch(name)
+    return match[1] if match and parse_version_name(match[1]) is not None else None
 
 
 def claim_path(run: str, number: int) -> str:

@@ -135,6 +135,10 @@ class Mirror:
         for record in manifest.files:
             self._send(f"{item.path}/{record.name}", record, f"{scratch}/{record.name}")
         hit("upload.before_commit")
+        # Files of an old claim may be taken for those of a dead writer, and removed.
+        problems = check_sizes(remote, scratch, manifest.files)
+        if problems:
+            raise StorageError(f"{problems[0].message}; the version goes up again")
         try:
             if remote.has_rename:
                 remote.put(f"{scratch}/{MANIFEST}", data)

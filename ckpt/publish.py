@@ -7,35 +7,31 @@ never given to anybody again, so no name ever stands for two adapters.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import socket
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 from .about import package_version
 from .adapter_plan import AdapterPlans
+from .catalog import find_step
+from .claim import claim_number
+from .commit import newest_epoch
 from .consolidate import stream_adapter
-from .envelope import plain_json, seal, utc_now
+from .envelope import plain_json, utc_now
 from .errors import (
-    AlreadyExists,
     CommitUnknown,
     ConfigError,
+    NoCheckpoint,
     PublishError,
     StorageError,
     Superseded,
 )
 from .layout import (
-    ADAPTERS,
     MANIFEST,
-    MAX_VERSION,
     WRITERS,
     check_run_name,
-    claim_path,
     new_attempt,
-    parse_claim,
     parse_version_name,
     parse_writer,
     tmp_version_dir,
@@ -45,15 +41,12 @@ from .layout import (
 from .lint import check_publishable
 from .manifest import VersionManifest
 from .peft import WeightsFile, write_adapter_files
-from .source import TensorSource
-from .storage.base import Entry, Storage
+from .source import StepSource, TensorSource
+from .storage.base import Storage
 from .types import AdapterExport, BaseIdentity
 from .versions import list_versions, read_version
 
-__all__ = ["list_versions", "publish_version", "read_version"]
-
-CLAIM_FORMAT: Final = "ckpt.claim"
-CLAIM_SCHEMA: Final = 1
+__all__ = ["list_versions", "publish_step", "publish_version", "read_version"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +96,7 @@ def publish_version(
     try:
         plan = (plans or AdapterPlans()).plan(export, source.records, dtype)
         check_publishable(plan.header, export.peft_config)
-        number = _claim(authority, run, epoch, attempt)
+        number = claim_number(authority, run, epoch, attempt)
         claimed = version_name(run, number)
         weights = WeightsFile(plan.size, stream_adapter(plan, source))
         directory = _work_dir(storage, run, number, attempt)
@@ -155,35 +148,51 @@ def check_probe(probe: Mapping[str, Any] | None, *, publish: bool) -> dict[str, 
     return checked
 
 
-def _claim(storage: Storage, run: str, epoch: int, attempt: str) -> int:
-    """Take the next number; who loses the race for one tries the one after it."""
-    number = 1 + max(_numbers(storage.list(ADAPTERS), run), default=0)
-    while number <= MAX_VERSION:
-        body = {
-            "name": version_name(run, number),
-            "epoch": epoch,
-            "attempt": attempt,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "created": utc_now(),
-            # No two claims have equal bytes, so reading one back tells whose it is.
-            "nonce": new_attempt(),
-        }
-        # An unclear answer may have left a claim of ours behind: that number is lost, not shared.
-        with contextlib.suppress(AlreadyExists, CommitUnknown):
-            storage.put_new(claim_path(run, number), seal(CLAIM_FORMAT, CLAIM_SCHEMA, body))
-            return number
-        number += 1
-    raise PublishError(f"run {run!r} has used up its {MAX_VERSION} version numbers; rename it")
+def publish_step(
+    storage: Storage,
+    step: int | None = None,
+    *,
+    run: str,
+    epoch: int | None = None,
+    dtype: str = "bfloat16",
+) -> VersionManifest:
+    """Publish a committed step under the run's next number, without a model.
 
+    No writer epoch is claimed, so a trainer that works on the same root is not disturbed. The
+    version carries no probe: without the model nobody knows its outputs.
 
-def _numbers(entries: Iterable[Entry], run: str) -> set[int]:
-    """Every number of the run that a claim or a directory shows as taken."""
-    parsed = (
-        parse_version_name(entry.name) if entry.is_dir else parse_claim(entry.name)
-        for entry in entries
+    Args:
+        storage: the run's root.
+        step: the step's number, or None for the newest whole one.
+        run: first part of the version's name.
+        epoch: the step's writer, to take an abandoned step.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+
+    Raises:
+        ConfigError: the run's name is no safe name.
+        NoCheckpoint: no such step, or it carries no adapter export.
+        DamagedError: the step does not verify.
+        PublishError: as :func:`publish_version`.
+        StorageError: the store failed.
+    """
+    check_run_name(run)
+    entry = find_step(storage, step, epoch=epoch)
+    manifest = entry.manifest
+    if manifest is None or manifest.export is None:
+        msg = f"step {entry.step} of {storage.url} has no adapter export, so it cannot be published"
+        raise NoCheckpoint(f"{msg}; save it from a model with LoRA applied")
+    return publish_version(
+        storage,
+        run=run,
+        export=manifest.export,
+        source=StepSource(storage, entry.path, manifest),
+        dtype=dtype,
+        step=manifest.step,
+        policy_version=manifest.policy_version,
+        epoch=max(1, newest_epoch(storage)),
+        attempt=new_attempt(),
+        base=manifest.base,
     )
-    return {pair[1] for pair in parsed if pair is not None and pair[0] == run}
 
 
 def _work_dir(storage: Storage, run: str, number: int, attempt: str) -> str:

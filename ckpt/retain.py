@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .catalog import StepEntry, list_steps, read_lineage
 from .commit import newest_epoch
 from .errors import CkptError
-from .holds import hold, pinned, remove_unless_held
+from .holds import pinned, remove_unless_held
 from .layout import (
     ADAPTERS,
     MANIFEST,
@@ -26,7 +26,7 @@ from .layout import (
 )
 from .storage import Storage
 from .types import Retention
-from .versions import VersionEntry, delete_version, list_versions
+from .version_retain import apply_fate, put_back_trash, review_versions
 
 logger = logging.getLogger(__name__)
 
@@ -144,28 +144,6 @@ def review(storage: Storage, keep: Retention) -> list[tuple[StepEntry, Fate]]:
     return [(entries[fate.step, fate.epoch], fate) for fate in fates]
 
 
-def review_versions(
-    storage: Storage, keep: int, run: str | None = None
-) -> list[tuple[VersionEntry, str | None]]:
-    """Every committed version that retention counts, oldest first, with what keeps it.
-
-    Args:
-        storage: the root.
-        keep: number of newest versions of each run that stay.
-        run: only versions of that name, or None for all.
-
-    Returns:
-        Entries, each with the reason why it stays, or None if it goes.
-    """
-    found: list[tuple[VersionEntry, str | None]] = []
-    entries = [entry for entry in list_versions(storage, run) if entry.state == "committed"]
-    for place, entry in enumerate(entries):
-        newer = sum(1 for other in entries[place + 1 :] if other.run == entry.run)
-        reason = f"among the newest {keep}" if newer < keep else hold(storage, entry.name)
-        found.append((entry, reason))
-    return found
-
-
 class Keeper:
     """Applies the retention of one manager, on rank 0's background thread.
 
@@ -180,6 +158,7 @@ class Keeper:
         self._keep = keep
         self._run_name = run_name
         self._whole: dict[tuple[int, int], Mapping[str, float]] = {}
+        self._whole_versions: set[str] = set()
 
     def committed(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Note a step of our own, which needs no reading back to be known as whole."""
@@ -218,9 +197,18 @@ class Keeper:
         if self._keep.versions is None:
             return
         try:
-            for entry, kept in review_versions(storage, self._keep.versions, self._run_name):
-                if kept is None and delete_version(storage, entry.name) is None:
-                    logger.info("retention removed version %s", entry.name)
+            fates = review_versions(
+                storage, self._keep.versions, self._run_name, whole=self._whole_versions
+            )
+            for fate in fates:
+                if apply_fate(storage, fate) is None:
+                    logger.info("retention removed version %s", fate.entry.name)
+            # What is whole stays so: the next time it needs no read.
+            self._whole_versions = {
+                fate.entry.name
+                for fate in fates
+                if fate.entry.state == "committed" or fate.entry.name in self._whole_versions
+            }
         except CkptError as error:
             logger.warning("retention of versions failed, nothing else is affected: %s", error)
 
@@ -244,7 +232,9 @@ class Keeper:
                 parts = entry.name.removeprefix(PARTS_PREFIX)
                 if parts != entry.name and not parts.startswith(nonce):
                     storage.delete_tree(f"{ADAPTERS}/{entry.name}")
-            if not storage.has_rename:
+            if storage.has_rename:
+                put_back_trash(storage)
+            else:
                 self._sweep_attempts(epoch)
         except CkptError as error:
             logger.warning("sweeping unfinished work failed, nothing else is affected: %s", error)

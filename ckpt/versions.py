@@ -6,7 +6,7 @@ How one comes into being is :mod:`ckpt.publish`'s part.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -26,12 +26,12 @@ from .layout import (
 )
 from .manifest import VersionManifest
 from .peft import CONFIG_NAME, WEIGHTS_NAME, WeightsFile, WrittenAdapter, write_adapter_dir
-from .storage import Storage, verified_blocks
+from .storage import Entry, Storage, verified_blocks
 
 _FILES: Final = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt")
 
-VersionState: TypeAlias = Literal["committed", "damaged", "claimed"]
+VersionState: TypeAlias = Literal["committed", "damaged", "claimed", "unread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ class VersionEntry:
         run: the run's name.
         number: its number.
         path: its directory, relative to the root.
-        state: ``committed``; ``damaged`` (does not verify); or ``claimed`` (no manifest: its
-            writer is at work or died, and the number stays unused).
+        state: ``committed``; ``damaged`` (does not verify); ``claimed`` (no manifest: its
+            writer is at work or died, and the number stays unused); or ``unread`` (retention knows
+            of it by its name alone).
         manifest: its verified manifest, or None.
         problem: why it is damaged, or None.
     """
@@ -88,8 +89,13 @@ def version_names(storage: Storage, run: str | None = None) -> dict[tuple[str, i
     Returns:
         For each whether it has a directory; one that has only its claim was never committed.
     """
+    return names_in(storage.list(ADAPTERS), run)
+
+
+def names_in(entries: Iterable[Entry], run: str | None = None) -> dict[tuple[str, int], bool]:
+    """As :func:`version_names`, of a listing of ``adapters/`` that is at hand."""
     found: dict[tuple[str, int], bool] = {}
-    for entry in storage.list(ADAPTERS):
+    for entry in entries:
         pair = parse_version_name(entry.name) if entry.is_dir else parse_claim(entry.name)
         if pair is not None and run in (None, pair[0]):
             found[pair] = found.get(pair, False) or entry.is_dir

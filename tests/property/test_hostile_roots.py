@@ -24,14 +24,16 @@ from support.ranks_faults import Toy
 from ckpt import CheckpointManager, CkptError
 from ckpt.catalog import check_step, check_writers, list_steps
 from ckpt.checksum import file_record
+from ckpt.claim import CLAIM_FORMAT, CLAIM_SCHEMA
 from ckpt.consolidate import consolidate
 from ckpt.envelope import seal, unseal
 from ckpt.errors import ConfigError
+from ckpt.handoff import Registry
 from ckpt.layout import MANIFEST, STATE
 from ckpt.manifest import SCHEMA
-from ckpt.publish import CLAIM_FORMAT, CLAIM_SCHEMA
 from ckpt.retain import Retention, review
 from ckpt.storage import open_storage
+from ckpt.version_retain import review_versions
 from ckpt.versions import check_version, list_versions
 
 settings.register_profile(
@@ -71,6 +73,9 @@ def read_everything(root: str) -> int | None:
         lambda: [list(check_version(storage, entry)) for entry in list_versions(storage)],
         lambda: list(check_writers(storage)),
         lambda: review(storage, Retention(latest=1)),
+        lambda: review_versions(storage, 1),
+        lambda: Registry(storage).latest(),
+        lambda: Registry(storage).fetch(1, f"{root}-fetched"),
         lambda: consolidate(root, 1, f"{root}-adapter"),
         lambda: consolidate(root, 0, f"{root}-older"),
     ]
