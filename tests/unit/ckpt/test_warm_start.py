@@ -277,6 +277,21 @@ def test_a_damaged_version_is_refused(tmp_path, change):
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_damage_behind_the_first_block_is_found(tmp_path):
+    """The header lies in the first 8 MiB, so nothing but the reading of values can see this."""
+    run = Run()
+    run.model.b = torch.nn.Parameter(torch.ones(1024 * 1024, 3))
+    state = TrainState(run.model, export=EXPORT)
+    with CheckpointManager(tmp_path, publish_dtype="float32") as manager:
+        name = manager.publish(state).published.result(20).name
+    ckpt.warm_start(state, tmp_path / "adapters" / name)
+    with (tmp_path / "adapters" / name / WEIGHTS).open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"\x01")
+    with pytest.raises(DamagedError, match="CRC32"):
+        ckpt.warm_start(state, tmp_path / "adapters" / name)
+
+
 @pytest.mark.parametrize("change", ["empty", "config", "header", "cut", "long header"])
 def test_a_damaged_bare_directory_is_refused(tmp_path, change):
     write(tmp_path / "x", tensors())
