@@ -6,6 +6,7 @@ Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -58,6 +59,13 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting."),
     ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Begin with this PEFT directory's adapter, unless there is a checkpoint.",
+        ),
+    ] = None,
 ) -> None:
     """Train an adapter, going on from the newest checkpoint if there is one.
 
@@ -68,7 +76,10 @@ def train(
     from archon_lora.rl.loop import run_training
 
     logging.basicConfig(format=f"archon-lora{_rank_note()}: %(message)s", level=logging.WARNING)
-    stopped = run_training(load_config(config, overrides or ()))
+    settings = list(overrides or ())
+    if warm_start is not None:
+        settings.append(f"warm_start.url={json.dumps(warm_start)}")
+    stopped = run_training(load_config(config, settings))
     if stopped is not None:
         note = f"step {stopped} is committed; the same command goes on from it"
         sys.stderr.write(f"archon-lora{_rank_note()}: stopped by a signal: {note}\n")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.decode import decode_section
+from archon_lora.rl.warm import WarmStartSection
 
 
 def _need(section: str, *, key: str, value: object, ok: bool, wanted: str) -> None:
@@ -286,6 +287,7 @@ class TrainConfig:
     task: TaskSection = field(default_factory=TaskSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     grpo: GRPOSection = field(default_factory=GRPOSection)
+    warm_start: WarmStartSection = field(default_factory=WarmStartSection)
 
     def resume_key(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it.

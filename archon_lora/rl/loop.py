@@ -42,6 +42,7 @@ from archon_lora.rl.rollout import (
     unpack,
 )
 from archon_lora.rl.trainer import train_on
+from archon_lora.rl.warm import begin
 from ckpt import CheckpointManager, CkptError, TrainState
 
 _LAST_COMMITS_S = 5.0
@@ -142,7 +143,7 @@ class Run:
         self.manager = manager
         self.prompts = PromptStream()
         self.settings = config.resume_key()
-        self.progress = Progress({"rollouts": [], "settings": self.settings})
+        self.progress = Progress({"rollouts": [], "settings": self.settings, "warm_start": None})
         self.state: TrainState = engine.train_state(
             extra=self.progress.extra, dataloader=self.prompts
         )
@@ -160,15 +161,16 @@ class Run:
     # -- start ---------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Go on from the newest committed step, if there is one.
+        """Go on from the newest committed step, if there is one, or begin as the settings say.
 
         Raises:
             TrainConfigError: a setting differs that the data already sampled depends on.
         """
-        if self.config.checkpoint.fresh:
-            return
-        self.restored = self.manager.restore(self.state)
+        if not self.config.checkpoint.fresh:
+            self.restored = self.manager.restore(self.state)
         if self.restored is None:
+            warm = begin(self.manager, self.state, self.config.warm_start)
+            self.progress.extra["warm_start"] = warm
             return
         saved = self.progress.extra["settings"]
         for name, value in self.settings.items():
@@ -309,13 +311,16 @@ class Run:
             "pids": pids,
             "in_flight": sorted(self.progress.ready),
             "version": self.version,
+            "warm_start": self.progress.extra.get("warm_start"),
         }
 
 
 def _describe_start(record: Mapping[str, Any], root: str) -> str:
     ranks = f"{record['world']} rank{'s' if record['world'] > 1 else ''}"
     if record["restored"] is None:
-        return f"starting on {ranks}; checkpoints go to {root}"
+        warm = record["warm_start"]
+        source = "" if warm is None else f" with the adapter of {warm['url']}"
+        return f"starting on {ranks}{source}; checkpoints go to {root}"
     return (
         f"resuming on {ranks} after step {record['restored']} of {root}, policy version "
         f"{record['version']}; batches in flight {record['in_flight']}, split over the ranks anew"

@@ -196,3 +196,13 @@ def test_the_reference_lists_every_key_with_its_default():
             written = tomllib.loads(f"value = {text.strip('`')}")["value"]
             written = tuple(written) if isinstance(written, list) else written
             assert written == default, f"{name}.{key}"
+
+
+def test_a_warm_start_that_is_none_is_a_wrong_setting(run, tmp_path, tiny):
+    """The option is the setting; quotes and backslashes in a path stay what they are."""
+    config = write_config(tmp_path, tiny)
+    status, text = run("train", config, "--warm-start", tmp_path / 'no "such\\ one')
+    assert status == 2
+    assert "warm_start.url does not name an adapter to begin with: no adapter_config.json" in text
+    assert 'no "such\\ one' in text
+    assert not (tmp_path / 'no "such\\ one').exists()

@@ -74,6 +74,27 @@ def test_staleness_is_bounded_and_a_resume_is_exact(start, tmp_path, staleness):
     assert len({record["loss"] for record in whole.values()}) == 7
 
 
+def test_a_warm_start_begins_where_the_adapter_was_and_a_resume_ignores_it(start, tmp_path):
+    """The published version is in the form for engines; the run's own scaling is 2."""
+    start("first", "run.steps=2", "checkpoint.publish_dtype=float32")
+    (version,) = list_versions(open_storage(tmp_path / "first"))
+    url = f"{tmp_path}/first/{version.path}"
+    warm = f"warm_start.url={url}"
+    cold = start("cold", "run.steps=1", "optimizer.lr=1e-9")
+    begun = start("warm", "run.steps=1", "optimizer.lr=1e-9", warm)
+    assert begun[0]["kl"] != cold[0]["kl"] == 0.0
+    (event,) = read_events(tmp_path / "warm.jsonl", "start")
+    assert event["warm_start"]["url"] == url
+    assert event["warm_start"]["version"] == version.name
+    # The same command again: the run's own steps come first, and say where it began.
+    start("warm", "run.steps=2", "optimizer.lr=1e-9", "warm_start.url=nowhere")
+    (_, again) = read_events(tmp_path / "warm.jsonl", "start")
+    assert again["restored"] == 0
+    assert again["warm_start"] == event["warm_start"]
+    with pytest.raises(TrainConfigError, match=r"warm_start\.url .* rank 8, the live adapter 16"):
+        start("other", "lora.rank=16", warm)
+
+
 def test_another_seed_is_another_run(start):
     assert exact(start("a", "run.steps=2")) != exact(start("b", "run.steps=2", "run.seed=1"))
 

@@ -1,0 +1,60 @@
+"""Beginning a run with an adapter that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from archon_lora.errors import TrainConfigError
+from ckpt import CheckpointManager, TrainState
+from ckpt.errors import ConfigError, DamagedError, NonFiniteError, ObjectNotFound, StateError
+
+_WRONG_ADAPTER = (ConfigError, DamagedError, NonFiniteError, ObjectNotFound, StateError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartSection:
+    """Where the adapter's first values come from.
+
+    Attributes:
+        url: a PEFT directory or a published version's, local or on any store; empty for random
+            values. A run that goes on from a checkpoint of its own does not look at it.
+        rescale: take an adapter of another ``alpha / rank`` and fold the difference into B.
+        any_base: do not compare the base models' names.
+        storage_options: passed to fsspec for ``url``; credentials are better left to the
+            environment.
+    """
+
+    url: str = ""
+    rescale: bool = False
+    any_base: bool = False
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def begin(
+    manager: CheckpointManager, state: TrainState, section: WarmStartSection
+) -> dict[str, Any] | None:
+    """Bring the adapter in, if the settings name one; on every rank.
+
+    Returns:
+        What was taken, for the checkpoints and the metrics; None if nothing was.
+
+    Raises:
+        TrainConfigError: there is no such adapter, or it does not fit; nothing was changed.
+        CkptError: the store failed, or another rank did.
+    """
+    if not section.url:
+        return None
+    try:
+        taken = manager.warm_start(
+            state,
+            section.url,
+            rescale=section.rescale,
+            any_base=section.any_base,
+            storage_options=dict(section.storage_options) or None,
+        )
+    except _WRONG_ADAPTER as error:
+        msg = f"warm_start.url does not name an adapter to begin with: {error}"
+        raise TrainConfigError(msg) from error
+    return {"url": taken.url, "version": taken.version, "digest": taken.digest}
