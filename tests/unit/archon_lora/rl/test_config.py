@@ -125,4 +125,5 @@ def test_every_section_has_a_default_or_a_required_key():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == {
         "model", "checkpoint", "run", "lora", "optimizer", "task", "rollout", "grpo",
+        "warm_start",
     }  # fmt: skip
