@@ -24,7 +24,7 @@ from .dtypes import TORCH_DTYPES
 from .errors import DamagedError, NoCheckpoint, NonFiniteError
 from .peft import WeightsFile, WrittenAdapter, local_directory, write_adapter_dir
 from .peft_config import EXPORT_DTYPES
-from .source import MemorySource, StepSource, TensorSource
+from .source import CACHE_BYTES, MemorySource, StepSource, TensorSource
 from .storage import open_storage
 from .types import AdapterExport, Chunk, TensorRule
 
@@ -179,6 +179,7 @@ def consolidate(
     epoch: int | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    cache_bytes: int = CACHE_BYTES,
     storage_options: Mapping[str, Any] | None = None,
     out_storage_options: Mapping[str, Any] | None = None,
 ) -> Consolidated:
@@ -191,6 +192,7 @@ def consolidate(
         epoch: the writer's epoch, to take an abandoned step.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         overwrite: replace an adapter that is at ``out`` already.
+        cache_bytes: bound on the blocks that are kept in memory once verified; one is kept always.
         storage_options: for the root's store.
         out_storage_options: for the store of ``out``; for a remote one those of the root by
             default.
@@ -212,7 +214,7 @@ def consolidate(
             "as a PEFT adapter; save it from a model with LoRA applied"
         )
         raise NoCheckpoint(msg)
-    source = StepSource(storage, entry.path, manifest)
+    source = StepSource(storage, entry.path, manifest, cache_bytes=cache_bytes)
     plan = plan_adapter(manifest.export, source.records, dtype)
     options = out_storage_options
     if options is None and local_directory(out) is None:

@@ -28,3 +28,16 @@ def test_any_sharding_gives_the_bytes_of_whole_tensors(tmp_path: Path, world: in
             assert (root / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         if placement != "replicated":
             assert len(list(root.glob("steps/*/shard-*"))) == world
+
+
+def test_tensor_parallel_models_give_the_bytes_of_an_unsharded_run(tmp_path: Path) -> None:
+    ranks_export.save_model(0, 1, str(tmp_path / "plain"), "plain")
+    seen = run_ranks(4, ranks_export.save_models, str(tmp_path))[0]
+    for kind in ("plain", *ranks_export.TP_KINDS):
+        consolidate(tmp_path / kind, 3, tmp_path / kind / "out")
+    for kind in ranks_export.TP_KINDS:
+        assert "None" not in seen[kind]  # every factor was a DTensor
+        assert len(seen[kind]) >= 2
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            want = (tmp_path / "plain" / "out" / name).read_bytes()
+            assert (tmp_path / kind / "out" / name).read_bytes() == want, kind

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from archon_lora import LoRAConfig, apply_lora, get_adapter_params
 from ckpt import CheckpointManager, TrainState
+from support import ranks_lora
 from support.steps import tiny_adapter
 
 MODULES = ("layers.0.wq", "layers.0.wo", "layers.10.wq", "layers.2.wq")
@@ -48,3 +51,56 @@ def _attach(model: nn.Module, name: str, module: nn.Module) -> None:
             model.add_module(parent, nn.Module())
         model = model.get_submodule(parent)
     model.add_module(last, module)
+
+
+TP_KINDS = ("tp", "tp+fsdp")
+"""Layouts of a whole model over four ranks; ten rows do not divide by four."""
+
+CONFIG = LoRAConfig(rank=6, alpha=9.0, use_rslora=True, rank_pattern={"up": 3})
+"""Of two ranks and with a scaling, so that the export pads and folds."""
+
+
+def save_model(rank: int, world: int, root: str, kind: str) -> list[str]:
+    """Save a model with LoRA, whole or under tensor parallelism; the placements it had.
+
+    Column-wise layers have A whole and B split on out; row-wise layers A split on in and B whole.
+    With ``tp+fsdp``, FSDP2 then splits each part once more over the other mesh dimension.
+    """
+    net = ranks_lora.Net()
+    apply_lora(net, CONFIG)
+    if kind == "tp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    elif kind == "tp+fsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    for number, layer in enumerate(net.layers):
+        for name, places in (
+            ("up", (Replicate(), Shard(0))),
+            ("down", (Shard(1), Replicate())),
+        ):
+            module = layer.get_submodule(name)
+            for factor, place in zip((module.lora_a, module.lora_b), places, strict=True):
+                whole = _value(f"{number}.{name}.{place}", factor.weight.shape)
+                if kind != "plain":
+                    whole = distribute_tensor(whole, mesh["tp"], [place])
+                factor.weight = nn.Parameter(whole)
+            if kind == "tp+fsdp":
+                split = distribute_tensor(module.weight.detach(), mesh["tp"], [Shard(0)])
+                module.weight = nn.Parameter(split, requires_grad=False)
+                if module.bias is not None:
+                    split = distribute_tensor(module.bias.detach(), mesh["tp"], [Shard(0)])
+                    module.bias = nn.Parameter(split, requires_grad=False)
+        if kind == "tp+fsdp":
+            fully_shard(layer, mesh=mesh["dp"])
+    with CheckpointManager(root) as manager:
+        manager.save(3, TrainState(net)).wait(60)
+    return sorted({str(getattr(p, "placements", None)) for p in get_adapter_params(net).values()})
+
+
+def save_models(rank: int, world: int, root: str) -> dict[str, list[str]]:
+    """Save the model once for every layout, each to a root of its own; the placements."""
+    return {kind: save_model(rank, world, f"{root}/{kind}", kind) for kind in TP_KINDS}
+
+
+def _value(name: str, shape: torch.Size) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return torch.randn(shape, generator=generator)
