@@ -23,12 +23,11 @@ from ckpt.layout import TMP_PREFIX
 from .base import Buffer, Entry
 from .faultpoints import hit
 from .paths import SourceFailed, as_views, checked_path, sized_views
+from .posix_write import write_all, write_stream
 from .traffic import Meter, Traffic
 
-_PIECE_BYTES = 64 * 1024 * 1024
-"""Largest single write: big enough to keep the interpreter out of the way."""
-_VECTOR = 512
-"""Buffers per writev; the kernel's limit is 1024."""
+_READ_BYTES = 512 * 1024 * 1024
+"""Largest single read."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 """What link() answers on file systems without hard links."""
 
@@ -82,7 +81,7 @@ class PosixStorage:
             self._meter.add(received=stop - start)
             pieces = []
             while start < stop:
-                piece = os.pread(fd, min(stop - start, _PIECE_BYTES * 8), start)
+                piece = os.pread(fd, min(stop - start, _READ_BYTES), start)
                 if not piece:
                     self._short(path, stop, start)
                 pieces.append(piece)
@@ -97,7 +96,7 @@ class PosixStorage:
             self._meter.add(received=len(view))
             done = 0
             while start + done < stop:
-                count = os.preadv(fd, [view[done : done + _PIECE_BYTES * 8]], start + done)
+                count = os.preadv(fd, [view[done : done + _READ_BYTES]], start + done)
                 if not count:
                     self._short(path, stop, start + done)
                 done += count
@@ -144,7 +143,7 @@ class PosixStorage:
         views = as_views(data)
         with self._errors("write", path):
             self._make_dirs(target.parent)
-            self._replace(target, lambda fd: _write_all(fd, views))
+            self._replace(target, lambda fd: write_all(fd, views))
             self._meter.add(sent=sum(map(len, views)))
 
     def put_stream(self, path: str, chunks: Iterable[Buffer], size: int) -> None:
@@ -154,7 +153,7 @@ class PosixStorage:
             with self._errors("write", path):
                 self._make_dirs(target.parent)
                 views = sized_views(chunks, size, self._show(path))
-                self._replace(target, lambda fd: _write_stream(fd, views))
+                self._replace(target, lambda fd: write_stream(fd, views))
                 self._meter.add(sent=size)
         except SourceFailed as failed:
             raise failed.cause from None
@@ -165,7 +164,7 @@ class PosixStorage:
         views = as_views(data)
         with self._errors("create", path):
             self._make_dirs(target.parent)
-            with self._temporary(target, lambda fd: _write_all(fd, views)) as temporary:
+            with self._temporary(target, lambda fd: write_all(fd, views)) as temporary:
                 hit("posix.put_new.before_link")
                 self._link(temporary, target, views, path)
                 hit("posix.put_new.after_link")
@@ -335,52 +334,13 @@ class PosixStorage:
         except FileExistsError:
             self._taken(path)
         try:
-            _write_all(fd, views)
+            write_all(fd, views)
             os.fsync(fd)
         except OSError:
             target.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
-
-
-def _write_all(fd: int, views: Sequence[memoryview]) -> None:
-    """Write every byte of the views in few, large system calls."""
-    pieces = [
-        view[start : start + _PIECE_BYTES]
-        for view in views
-        for start in range(0, len(view), _PIECE_BYTES)
-    ]
-    half = _split_in_half(pieces)
-    for index in range(0, half, _VECTOR):
-        _write_vector(fd, pieces[index : min(index + _VECTOR, half)])
-    hit("posix.put.mid_write")
-    for index in range(half, len(pieces), _VECTOR):
-        _write_vector(fd, pieces[index : index + _VECTOR])
-
-
-def _write_stream(fd: int, views: Iterable[memoryview]) -> None:
-    for view in views:
-        _write_vector(fd, [view])
-        hit("posix.put.mid_write")
-
-
-def _split_in_half(pieces: list[memoryview]) -> int:
-    """Number of pieces before the middle; a lone piece is cut, so that a middle exists."""
-    if len(pieces) == 1 and len(pieces[0]) > 1:
-        middle = len(pieces[0]) // 2
-        pieces[:] = [pieces[0][:middle], pieces[0][middle:]]
-    return len(pieces) // 2
-
-
-def _write_vector(fd: int, pieces: Sequence[memoryview]) -> None:
-    rest = list(pieces)
-    while rest:
-        written = os.writev(fd, rest)
-        while rest and written >= len(rest[0]):
-            written -= len(rest.pop(0))
-        if written:
-            rest[0] = rest[0][written:]
 
 
 def _sync_dir(directory: Path) -> None:

@@ -204,10 +204,46 @@ def test_a_file_that_shrinks_while_it_is_read(store, monkeypatch: pytest.MonkeyP
 
 
 def test_many_large_pieces(store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt.storage.posix._PIECE_BYTES", 7)
+    monkeypatch.setattr("ckpt.storage.posix_write.CALL_BYTES", 7)
     data = os.urandom(20_000)
     store.put("x", [data[:3], data[3:]])
     assert store.read("x") == data
+    store.put_stream("y", [data[:3], data[3:]], len(data))
+    assert store.read("y") == data
+
+
+def test_many_small_pieces_are_few_calls(store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, views: calls.append(len(views)) or real(fd, views))
+    pieces = [bytes([i % 256]) * 5 for i in range(1500)]
+    store.put("x", pieces)
+    assert store.read("x") == b"".join(pieces)
+    assert calls == [512, 512, 476]
+
+
+def test_the_disk_begins_while_later_bytes_are_written(
+    store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte is begun once and in order; what an unwilling system answers does not matter."""
+    monkeypatch.setattr("ckpt.storage.posix_write.CALL_BYTES", 100)
+    begun = []
+
+    def refuse(fd: int, start: int, length: int, flags: int) -> int:
+        assert start + length == os.lseek(fd, 0, os.SEEK_CUR)
+        begun.append((start, length))
+        return -1
+
+    monkeypatch.setattr("ckpt.storage.posix_write._sync_file_range", refuse)
+    data = os.urandom(1050)
+    store.put("x", data)
+    assert begun == [(start, 100) for start in range(0, 1000, 100)]
+    del begun[:]
+    store.put_stream("y", [data[i : i + 30] for i in range(0, 1050, 30)], 1050)
+    assert begun == [(start, 120) for start in range(0, 960, 120)]
+    monkeypatch.setattr("ckpt.storage.posix_write._sync_file_range", None)
+    store.put("z", data)
+    assert store.read("x") == store.read("y") == store.read("z") == data
 
 
 # Links
