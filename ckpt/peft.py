@@ -10,13 +10,10 @@ the weights file is :mod:`ckpt.consolidate`'s part; the rules of keys and config
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import pickle
 import zipfile
-from collections import deque
-from collections.abc import Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .checksum import Crc32Blocks, file_record
+from .checksum import file_record
 from .errors import (
     AlreadyExists,
     ConfigError,
@@ -41,6 +38,7 @@ from .peft_config import config_bytes, plain_key
 from .storage import open_storage
 from .storage.base import Buffer, Storage
 from .storage.exchange import exchange_dirs
+from .tally import Tally
 from .types import FileRecord
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -180,10 +178,6 @@ def _without_adapter_name(
     return plain
 
 
-_BATCH_BYTES: Final = 2 * 1024 * 1024
-_BATCHES_AHEAD: Final = 16
-
-
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
     """The bytes of ``adapter_model.safetensors``: how many, and an iterable used up once."""
@@ -228,50 +222,14 @@ def write_adapter_files(
     Raises:
         StorageError: the store failed; whatever the stream of weights raises passes through.
     """
-    tally = _Tally()
     encoded = config_bytes(config)
-    # Closed at once also when the store fails: nobody may read the chunks after this returns, for
+    # Ended at once also when the store fails: nobody may read the chunks after this returns, for
     # their memory is the source's.
-    with contextlib.closing(tally.over(weights.chunks)) as chunks:
-        storage.put_stream(f"{directory}/{WEIGHTS_NAME}", chunks, weights.size)
-    storage.put(f"{directory}/{CONFIG_NAME}", encoded)
-    files = (file_record(CONFIG_NAME, [encoded]), tally.crc.record(WEIGHTS_NAME))
-    return WrittenAdapter(files, tally.sha256.hexdigest())
-
-
-class _Tally:
-    """CRC32 and SHA-256 of a stream, computed in a thread beside the one that writes it.
-
-    Both leave the interpreter free, and together they take about as long as the write.
-    """
-
-    def __init__(self) -> None:
-        self.crc = Crc32Blocks()
-        self.sha256 = hashlib.sha256()
-
-    def over(self, chunks: Iterable[Buffer]) -> Generator[Buffer]:
-        """The same chunks; the sums are complete when the last one was taken."""
-        pending: deque[Future[None]] = deque()
-        batch: list[Buffer] = []
-        size = 0
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-digest") as pool:
-            for chunk in chunks:
-                batch.append(chunk)
-                size += memoryview(chunk).nbytes
-                if size >= _BATCH_BYTES:  # handing over each small tensor costs more than its sums
-                    pending.append(pool.submit(self._take, batch))
-                    batch, size = [], 0
-                if len(pending) > _BATCHES_AHEAD:  # memory stays bounded if the sums are slower
-                    pending.popleft().result()
-                yield chunk
-            pending.append(pool.submit(self._take, batch))
-            for future in pending:
-                future.result()
-
-    def _take(self, batch: Iterable[Buffer]) -> None:
-        for chunk in batch:
-            self.crc.update(chunk)
-            self.sha256.update(chunk)
+    with Tally() as tally:
+        storage.put_stream(f"{directory}/{WEIGHTS_NAME}", tally.over(weights.chunks), weights.size)
+        storage.put(f"{directory}/{CONFIG_NAME}", encoded)
+        record, sha256 = tally.result(WEIGHTS_NAME)
+    return WrittenAdapter((file_record(CONFIG_NAME, [encoded]), record), sha256)
 
 
 def write_adapter_dir(
