@@ -99,7 +99,8 @@ def state_target(
     """The tensor that ``optim.<name>.<key>`` is restored into; made if there is none yet.
 
     A value shaped like its parameter is placed like it (same mesh and placements). A new tensor
-    is not registered with the optimizer here: nothing live changes before all ranks agree.
+    is not registered with the optimizer here: nothing live changes before all ranks agree. Its
+    memory is not initialised either, since a restore writes all of it.
 
     Raises:
         StateError: the shape tells nothing about the placement and the parameter is sharded.
@@ -114,7 +115,7 @@ def state_target(
         return existing
     if shape == tuple(parameter.shape):
         with torch.no_grad():
-            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     if shape and isinstance(parameter, DTensor):
         msg = (
             f"optimizer state {key!r} of {name} has shape {shape}, its parameter "
@@ -129,7 +130,7 @@ def state_target(
     )
     # torch keeps the step counter on the host unless a kernel on the device reads it.
     on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return torch.zeros(shape, dtype=dtype, device="cpu" if on_host else parameter.device)
+    return torch.empty(shape, dtype=dtype, device="cpu" if on_host else parameter.device)
 
 
 def group_problem(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -185,7 +186,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     alphas = {"lora_alpha": config.get("lora_alpha"), **_patterns(config, "alpha_pattern")}
     for where, alpha in alphas.items():
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not math.isfinite(alpha) or alpha <= 0:
+        # Compared, not converted: an integer may be too large for a float.
+        if not number or not 0 < alpha < math.inf or alpha > sys.float_info.max:
             raise ConfigError(f"peft_config.{where} must be a finite number > 0, got {alpha!r}")
     if config.get("use_dora"):
         raise ConfigError("peft_config.use_dora is set; only plain LoRA (A and B) is exported")

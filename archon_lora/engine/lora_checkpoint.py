@@ -217,6 +217,9 @@ def _read_everywhere(
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if "://" in str(path):
+        msg = f"{path} is a URL; warm_start(engine, url) reads an adapter from any store"
+        raise AdapterNotFound(msg)
     try:
         return read_adapter(path)
     except ObjectNotFound as error:

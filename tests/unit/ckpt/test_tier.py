@@ -14,7 +14,7 @@ from support.ranks_tiers import flip, wait_for
 from support.tiny_run import Run
 
 from ckpt import CheckpointManager, ConfigError, DamagedError, NoCheckpoint, Retention, StorageError
-from ckpt.errors import UnrestoredRoot
+from ckpt.errors import CommitUnknown, UnrestoredRoot
 from ckpt.holds import pin
 from ckpt.layout import PART, mark_path, parse_mark
 from ckpt.locks import FileLock
@@ -532,3 +532,27 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(StorageError, match="write failed"):
         store.put("a", b"x")
     assert store.dropped == 0
+
+
+def test_a_manifest_whose_fate_is_open_is_settled_by_the_next_try(places, monkeypatch):
+    """The root takes the step and its answer is lost: it is found there, and not sent again."""
+    digests = save(places, [0])
+    moved = PosixStorage.rename_dir
+
+    def answer_lost(self, source, target):
+        moved(self, source, target)
+        raise StorageError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PosixStorage, "rename_dir", answer_lost)
+        with pytest.raises(CommitUnknown, match="step 0 is visible"):
+            mirror(places)
+    remote, tier = places
+    assert [item.pair for item in Tier(tier, open_storage(remote).url).queue()] == [(0, 1)]
+    shard = one(places, "remote", "steps/step-*/shard-*")
+    before = shard.stat().st_ino
+    done, waiting, problems = mirror(places)
+    assert (list(done.values()), waiting, problems) == ([Outcome.mirrored], [], [])
+    assert shard.stat().st_ino == before
+    shutil.rmtree(tier)
+    assert restored(places)[::2] == (0, digests[0])
