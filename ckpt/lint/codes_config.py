@@ -53,9 +53,15 @@ CONFIG_RULES: Final = (
     ),
     Rule(
         "alpha-invalid",
-        "lora_alpha is no finite number",
+        "lora_alpha is no number",
+        "set lora_alpha to a number; the scaling is lora_alpha / r",
+        dict.fromkeys(("peft", "vllm", "sglang"), (_REFUSED, "cannot divide it by r")),
+    ),
+    Rule(
+        "alpha-not-finite",
+        "lora_alpha is NaN or infinite",
         "set lora_alpha to a finite number; the scaling is lora_alpha / r",
-        dict.fromkeys(("peft", "vllm", "sglang"), (_WRONG, "scales with it, or fails on it")),
+        dict.fromkeys(("peft", "vllm", "sglang"), (_WRONG, "scales with it and computes NaN")),
     ),
     Rule(
         "target-modules-missing",

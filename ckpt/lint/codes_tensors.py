@@ -45,7 +45,7 @@ TENSOR_RULES: Final = (
         "two keys for the same factor",
         "save one adapter in a file",
         {
-            "peft": (_WRONG, "keeps one of them"),
+            "peft": (_TAKEN, "keeps the one without an adapter's name"),
             "vllm": (_REFUSED, "'unsupported LoRA weight' (500)"),
             "sglang": (_WRONG, "keeps one of them"),
         },
@@ -55,7 +55,7 @@ TENSOR_RULES: Final = (
         "a tensor that is no factor",
         "take the tensor out; an adapter has lora_A and lora_B only",
         {
-            "peft": (_WRONG, "leaves out what it has no place for"),
+            "peft": (_TAKEN, "loads it if the model has a tensor of that name, else leaves it out"),
             "vllm": (_REFUSED, "'unsupported LoRA weight' (500)"),
             "sglang": (_WRONG, "leaves it out"),
         },

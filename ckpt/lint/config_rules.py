@@ -112,13 +112,10 @@ def _numbers(subject: Subject) -> Iterator[Finding]:
         yield from _say("rank-invalid", ["r"], f"r is {rank!r}")
     if alpha is None:
         yield from _say("alpha-missing", ["lora_alpha"], "lora_alpha is not there")
-    elif not _is_number(alpha):
+    elif not isinstance(alpha, int | float) or isinstance(alpha, bool):
         yield from _say("alpha-invalid", ["lora_alpha"], f"lora_alpha is {alpha!r}")
-
-
-def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type] # it is a number here
+    elif not math.isfinite(alpha):
+        yield from _say("alpha-not-finite", ["lora_alpha"], f"lora_alpha is {alpha!r}")
 
 
 def _targets(subject: Subject) -> Iterator[Finding]:

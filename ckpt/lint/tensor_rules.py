@@ -13,12 +13,15 @@ from .codes_tensors import TENSOR_RULES
 from .config_rules import bias_of
 from .finding import Finding, findings
 from .group_rules import expert_findings, group_findings
-from .subject import Factor, Subject
+from .subject import Factor, Subject, is_rank
 
 _RULES: Final = {rule.code: rule for rule in TENSOR_RULES}
 
 _USUAL_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
 _FUSED: Final = (".qkv_proj", ".gate_up_proj")
+_COPIES: Final = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+"""The base model's own tensors, which PEFT saves beside adapted embeddings; engines skip them."""
+
 _SAVED: Final = re.compile(r"(.*\.)?(embed_tokens|lm_head|wte|embed_in|embed_out)\.weight")
 
 
@@ -73,13 +76,14 @@ def _grammar(subject: Subject) -> Iterator[Finding]:
 
 def _strangers(subject: Subject) -> Iterator[Finding]:
     """Tensors that are no factors and that no rule on the configuration has named already."""
-    whole = [key for key in subject.others if _SAVED.fullmatch(key) and ".base_layer." not in key]
+    whole = [key for key in subject.others if _SAVED.fullmatch(key)]
     yield from _say("saved-embedding", whole, f"{whole[0]!r} is there" if whole else "")
     saved = subject.config.get("modules_to_save") or ()
     unknown = [
         key
         for key in subject.others
         if key not in whole
+        and not key.endswith(_COPIES)
         and bias_of(key) is None
         and "lora_magnitude_vector" not in key
         and not any(f".{name}." in f".{key}" for name in saved)
@@ -100,8 +104,9 @@ def _shapes(subject: Subject) -> Iterator[Finding]:
     odd = [f for f in subject.factors if len(f.form.shape) != 2 or 0 in f.form.shape]
     why = f"has shape {list(odd[0].form.shape)}" if odd else ""
     yield from _each("tensor-shape", odd, why)
+    claimed = subject.config.get("r")
     wrong = [f for f in subject.factors if f.rank not in (None, subject.rank_for(f.module))]
-    if wrong:
+    if wrong and (claimed is None or is_rank(claimed)):
         want = subject.rank_for(wrong[0].module)
         yield from _each("tensor-rank", wrong, f"has rank {wrong[0].rank}, not {want}")
     ranks = {factor.rank: factor.key for factor in subject.factors if factor.rank is not None}

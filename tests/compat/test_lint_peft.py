@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.lint_rows import BASE_CONFIG, ROWS, SHAPES, Adapter
+from support.lint_more_rows import MORE
+from support.lint_rows import BASE_CONFIG, ROWS, SHAPES, Adapter, adapter
 
 from archon_lora import peft_config as core
 from ckpt.lint import BaseModel, Effect
@@ -23,6 +24,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # These adapters make PEFT warn; what it then computes is what the tests look at.
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings(
+        "ignore:target_parameters=.* no parameter was matched:RuntimeWarning"
+    ),
 ]
 
 TOKENS = torch.arange(1, 13).view(1, 12)
@@ -54,14 +58,32 @@ def load(directory: Path) -> torch.nn.Module:
 
 
 # What these compute besides A and B is PEFT's own matter; the rest of the table is compared.
-OTHER_COMPUTATION = {"dora", "modules-to-save", "lora-bias", "bias", "saved-embedding"}
+OTHER_COMPUTATION = {
+    *(
+        "bias",
+        "dora",
+        "kasa",
+        "lora-bias",
+        "modules-to-save",
+        "pissa",
+        "saved-embedding",
+        "stranger",
+    )
+}
+# Of a module that is not there nothing can be intended; a test of its own is below.
+NO_MODULE = "no-such-module"
 
 
-@pytest.mark.parametrize("name", ROWS)
+# Of those without a base, the tiny one is not the model that they are for.
+EVERY_ROW = {name: row for name, row in {**ROWS, **MORE}.items() if row.base}
+del EVERY_ROW[NO_MODULE]
+
+
+@pytest.mark.parametrize("name", EVERY_ROW)
 def test_peft_does_what_is_said(tmp_path, name):
-    row = ROWS[name]
+    row = EVERY_ROW[name]
     made = row.build()
-    directory = made.write(tmp_path / "adapter")
+    directory = made.write(tmp_path / made.name)
     if row.peft is Effect.REFUSED:
         with pytest.raises(Exception):  # noqa: B017, PT011 - of any kind: a refusal is what counts
             load(directory)
@@ -76,6 +98,17 @@ def test_peft_does_what_is_said(tmp_path, name):
         assert not torch.allclose(got, logits(base_model()), atol=100 * TOLERANCE)
     else:
         torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_a_module_that_is_not_there_is_ignored_or_refused(tmp_path):
+    alone = MORE[NO_MODULE].build()
+    with pytest.raises(ValueError, match="not found in the base model"):
+        load(alone.write(tmp_path / "alone"))
+    made = adapter()
+    made.tensors |= alone.tensors
+    made.config["target_modules"].append("wq")
+    got = logits(load(made.write(tmp_path / "beside")))
+    torch.testing.assert_close(got, intended(adapter()), rtol=0, atol=TOLERANCE)
 
 
 def test_the_fields_are_those_of_peft():

@@ -56,7 +56,8 @@ class Adapter:
     tensors: dict[str, torch.Tensor]
     deltas: dict[str, torch.Tensor]
     weights: str = WEIGHTS_NAME
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes | None] = field(default_factory=dict)
+    name: str = "adapter"
 
     def rename(self, change: Callable[[str], str]) -> None:
         self.tensors = {change(key): tensor for key, tensor in self.tensors.items()}
@@ -65,6 +66,7 @@ class Adapter:
         self.tensors = {k: t for k, t in self.tensors.items() if not k.endswith(ending)}
 
     def write(self, directory: Path) -> Path:
+        """Write all files; those of ``files`` last, where None takes one away."""
         directory.mkdir(parents=True, exist_ok=True)
         own = {key: tensor.contiguous().clone() for key, tensor in self.tensors.items()}
         if self.weights.endswith(".safetensors"):
@@ -73,7 +75,10 @@ class Adapter:
             torch.save(own, directory / self.weights)
         (directory / CONFIG_NAME).write_text(json.dumps(self.config))
         for name, data in self.files.items():
-            (directory / name).write_bytes(data)
+            if data is None:
+                (directory / name).unlink()
+            else:
+                (directory / name).write_bytes(data)
         return directory
 
 
@@ -125,7 +130,7 @@ def adapter(
     return Adapter(config, tensors, deltas)
 
 
-def _set(**fields: Any) -> Adapter:
+def changed(**fields: Any) -> Adapter:
     made = adapter()
     made.config.update(fields)
     return made
@@ -175,7 +180,7 @@ def _rslora() -> Adapter:
 
 
 def _dora() -> Adapter:
-    made = _set(use_dora=True)
+    made = changed(use_dora=True)
     for key in [key for key in made.tensors if "lora_A" in key]:
         out = made.deltas[key.removeprefix("base_model.model.").partition(".lora_A")[0]].shape[0]
         made.tensors[key.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(out)
@@ -183,21 +188,21 @@ def _dora() -> Adapter:
 
 
 def _modules_to_save() -> Adapter:
-    made = _set(modules_to_save=["lm_head"])
+    made = changed(modules_to_save=["lm_head"])
     head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
     made.tensors["base_model.model.lm_head.weight"] = head
     return made
 
 
 def _lora_bias() -> Adapter:
-    made = _set(lora_bias=True)
+    made = changed(lora_bias=True)
     for key in [key for key in made.tensors if "lora_B" in key]:
         made.tensors[key.replace("weight", "bias")] = torch.ones(made.tensors[key].shape[0])
     return made
 
 
 def _bias() -> Adapter:
-    made = _set(bias="all")
+    made = changed(bias="all")
     made.tensors["base_model.model.model.layers.0.self_attn.q_proj.bias"] = torch.ones(HIDDEN)
     return made
 
@@ -268,7 +273,8 @@ def _sharded() -> Adapter:
 class Row:
     """One kind of adapter: which rules it breaks, and the gravest effect at every engine.
 
-    An engine that is not named computes what was trained.
+    An engine that is not named computes what was trained. With ``doubtful``, the adapter does not
+    show it for certain, so that all is a warning.
     """
 
     build: Callable[[], Adapter]
@@ -276,61 +282,61 @@ class Row:
     peft: Effect | None = None
     vllm: Effect | None = None
     sglang: Effect | None = None
+    doubtful: bool = False
+    base: bool = True
 
 
-def _row(build: Callable[[], Adapter], *codes: str, **effects: Effect) -> Row:
+def row(build: Callable[[], Adapter], *codes: str, **effects: Effect) -> Row:
     return Row(build, frozenset(codes), **effects)
 
 
 ROWS: dict[str, Row] = {
-    "portable": _row(adapter),
-    "no-prefix": _row(_no_prefix, "key-prefix", peft=WRONG),
-    "short-path": _row(_short_path, "key-path", peft=WRONG, vllm=WRONG),
-    "adapter-name": _row(_adapter_name, "key-adapter-name", vllm=REFUSED),
-    "rank-pattern-in-a-group": _row(
+    "portable": row(adapter),
+    "no-prefix": row(_no_prefix, "key-prefix", peft=WRONG),
+    "short-path": row(_short_path, "key-path", peft=WRONG, vllm=WRONG),
+    "adapter-name": row(_adapter_name, "key-adapter-name", vllm=REFUSED),
+    "rank-pattern-in-a-group": row(
         lambda: _rank_pattern({"q_proj": 2}), "mixed-rank-group", vllm=TAKEN, sglang=REFUSED
     ),
-    "rank-pattern-alone": _row(
+    "rank-pattern-alone": row(
         lambda: _rank_pattern({"o_proj": 2}), "mixed-rank", vllm=TAKEN, sglang=DIES
     ),
-    "alpha-pattern": _row(_alpha_pattern, "alpha-pattern", vllm=TAKEN, sglang=WRONG),
-    "rslora": _row(_rslora, "rslora", sglang=WRONG),
-    "dora": _row(_dora, "dora", vllm=REFUSED, sglang=REFUSED),
-    "modules-to-save": _row(
+    "alpha-pattern": row(_alpha_pattern, "alpha-pattern", vllm=TAKEN, sglang=WRONG),
+    "rslora": row(_rslora, "rslora", sglang=WRONG),
+    "dora": row(_dora, "dora", vllm=REFUSED, sglang=REFUSED),
+    "modules-to-save": row(
         _modules_to_save, "modules-to-save", "saved-embedding", vllm=REFUSED, sglang=WRONG
     ),
-    "lora-bias": _row(_lora_bias, "lora-bias", vllm=REFUSED, sglang=DIES),
-    "bias": _row(_bias, "bias", vllm=REFUSED, sglang=WRONG),
-    "saved-embedding": _row(_embedding, "saved-embedding", vllm=REFUSED, sglang=WRONG),
-    "lying-rank": _row(_lying_rank, "tensor-rank", peft=REFUSED, vllm=WRONG, sglang=DIES),
-    "no-a": _row(lambda: _without_a_factor("A"), "missing-a", peft=WRONG, vllm=WRONG, sglang=DIES),
-    "no-b": _row(
-        lambda: _without_a_factor("B"), "missing-b", peft=WRONG, vllm=REFUSED, sglang=DIES
-    ),
-    "only-q": _row(lambda: adapter(ALL[:1]), "group-q-without-v", sglang=REFUSED),
-    "q-and-k": _row(lambda: adapter(ALL[:2]), "group-q-without-v", sglang=REFUSED),
-    "k-and-v": _row(lambda: adapter(ALL[1:3]), "group-without-q", sglang=DIES),
-    "only-up": _row(lambda: adapter(("mlp.up_proj",)), "group-up-without-gate", sglang=DIES),
-    "q-and-v": _row(lambda: adapter(QV)),
-    "q-k-v": _row(lambda: adapter(QKV)),
-    "only-gate": _row(lambda: adapter(("mlp.gate_proj",))),
-    "only-o": _row(lambda: adapter(("self_attn.o_proj",))),
-    "fused-qkv": _row(_fused, "fused-projection", peft=WRONG, vllm=REFUSED),
-    "extra-layer": _row(_extra_layer, "layer-range", peft=TAKEN, vllm=TAKEN, sglang=REFUSED),
-    "empty": _row(_empty, "empty", peft=WRONG, vllm=REFUSED, sglang=WRONG),
-    "target-regex": _row(
-        lambda: _set(target_modules=r".*\.(self_attn|mlp)\..*_proj"),
+    "lora-bias": row(_lora_bias, "lora-bias", vllm=REFUSED, sglang=DIES),
+    "bias": row(_bias, "bias", vllm=REFUSED, sglang=WRONG),
+    "saved-embedding": row(_embedding, "saved-embedding", vllm=REFUSED, sglang=WRONG),
+    "lying-rank": row(_lying_rank, "tensor-rank", peft=REFUSED, vllm=WRONG, sglang=DIES),
+    "no-a": row(lambda: _without_a_factor("A"), "missing-a", peft=WRONG, vllm=WRONG, sglang=DIES),
+    "no-b": row(lambda: _without_a_factor("B"), "missing-b", peft=WRONG, vllm=REFUSED, sglang=DIES),
+    "only-q": row(lambda: adapter(ALL[:1]), "group-q-without-v", sglang=REFUSED),
+    "q-and-k": row(lambda: adapter(ALL[:2]), "group-q-without-v", sglang=REFUSED),
+    "k-and-v": row(lambda: adapter(ALL[1:3]), "group-without-q", sglang=DIES),
+    "only-up": row(lambda: adapter(("mlp.up_proj",)), "group-up-without-gate", sglang=DIES),
+    "q-and-v": row(lambda: adapter(QV)),
+    "q-k-v": row(lambda: adapter(QKV)),
+    "only-gate": row(lambda: adapter(("mlp.gate_proj",))),
+    "only-o": row(lambda: adapter(("self_attn.o_proj",))),
+    "fused-qkv": row(_fused, "fused-projection", peft=WRONG, vllm=REFUSED),
+    "extra-layer": row(_extra_layer, "layer-range", peft=TAKEN, vllm=TAKEN, sglang=REFUSED),
+    "empty": row(_empty, "empty", peft=WRONG, vllm=REFUSED, sglang=WRONG),
+    "target-regex": row(
+        lambda: changed(target_modules=r".*\.(self_attn|mlp)\..*_proj"),
         "target-modules-regex",
         sglang=REFUSED,
     ),
-    "no-targets": _row(
+    "no-targets": row(
         lambda: _without("target_modules", modules=QV),
         "target-modules-missing",
         peft=TAKEN,
         vllm=REFUSED,
         sglang=REFUSED,
     ),
-    "no-targets-for-more": _row(
+    "no-targets-for-more": row(
         lambda: _without("target_modules"),
         "target-modules-missing",
         "target-modules-default",
@@ -338,11 +344,11 @@ ROWS: dict[str, Row] = {
         vllm=REFUSED,
         sglang=REFUSED,
     ),
-    "no-peft-type": _row(
+    "no-peft-type": row(
         lambda: _without("peft_type"), "peft-type-missing", peft=REFUSED, sglang=REFUSED
     ),
-    "sharded": _row(_sharded, "weights-name", peft=REFUSED, vllm=REFUSED),
-    "nan": _row(_not_a_number, "non-finite", peft=WRONG, vllm=WRONG, sglang=WRONG),
-    "unknown-field": _row(lambda: _set(brand_new_option=3), "field-unknown", peft=TAKEN),
+    "sharded": row(_sharded, "weights-name", peft=REFUSED, vllm=REFUSED),
+    "nan": row(_not_a_number, "non-finite", peft=WRONG, vllm=WRONG, sglang=WRONG),
+    "unknown-field": row(lambda: changed(brand_new_option=3), "field-unknown", peft=TAKEN),
 }
 """Every row of the table of engines."""
