@@ -66,6 +66,18 @@ def train(
             help="Begin with this PEFT directory's adapter, unless there is a checkpoint.",
         ),
     ] = None,
+    rollout: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Who samples: local, vllm or sglang (rollout.source)."),
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="URL",
+            help="A replica, such as http://127.0.0.1:8000; once for each (engine.urls).",
+        ),
+    ] = None,
 ) -> None:
     """Train an adapter, going on from the newest checkpoint if there is one.
 
@@ -79,6 +91,10 @@ def train(
     settings = list(overrides or ())
     if warm_start is not None:
         settings.append(f"warm_start.url={json.dumps(warm_start)}")
+    if rollout is not None:
+        settings.append(f"rollout.source={json.dumps(rollout)}")
+    if engines:
+        settings.append(f"engine.urls={json.dumps(engines)}")
     stopped = run_training(load_config(config, settings))
     if stopped is not None:
         note = f"step {stopped} is committed; the same command goes on from it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ from archon_lora.errors import LoRAConfigError, ModelLoadError, TrainConfigError
 from archon_lora.models import load_pretrained
 from archon_lora.models.hf_files import read_config
 from archon_lora.rl.config import TrainConfig
+from archon_lora.rl.probing import ProbeRecorder
 from archon_lora.rl.rollout import SampleMaker, share
+from archon_lora.rl.rollouts import LocalRollouts, Rollouts
 from archon_lora.rl.sampling import LocalPolicy
+from archon_lora.rl.scorer import Scorer
 from archon_lora.rl.task import make_task
 from ckpt import CheckpointManager, Retention
 
 TOKENIZER = "tokenizer.json"
+
+_PROBE_PROMPTS = 8
+_PROBE_TOKENS = 32
+"""An engine answers a probe of this length in one short step."""
 
 
 def check_model_directory(path: Path) -> None:
@@ -191,4 +199,90 @@ def build_manager(config: TrainConfig) -> CheckpointManager:
         fresh=section.fresh,
         publish_dtype=section.publish_dtype,
         vote_timeout=section.vote_timeout_s,
+        local_tier=section.local_tier or None,
+        when_busy=section.when_busy,
+    )
+
+
+def build_probe(config: TrainConfig, engine: ArchonEngine) -> ProbeRecorder | None:
+    """What records, with every published version, what an engine must answer; None for nothing.
+
+    The first rank gets a copy of the model in the engines' dtype for it.
+
+    Raises:
+        ModelLoadError: the model or its tokenizer cannot be read.
+    """
+    publishes = config.checkpoint.publish_every or config.rollout.source != "local"
+    if not (config.checkpoint.probe and publishes):
+        return None
+    scorer = build_scorer(config, engine) if engine.rank == 0 else None
+    return ProbeRecorder(
+        engine,
+        scorer,
+        publish_dtype=DTYPES[config.checkpoint.publish_dtype],
+        tolerance=config.engine.tolerance,
+        timeout=config.run.timeout_s,
+    )
+
+
+def build_scorer(config: TrainConfig, engine: ArchonEngine) -> Scorer:
+    """The model as engines serve it, on this rank's device.
+
+    Raises:
+        ModelLoadError: the model or its tokenizer cannot be read.
+    """
+    path, dtype = Path(config.model.path), DTYPES[config.engine.dtype]
+    model, names = load_pretrained(path, dtype=dtype, device=engine.device)
+    # Published adapters have their scaling folded into B, which is alpha = rank.
+    served = dataclasses.replace(
+        lora_config(config),
+        alpha=float(config.lora.rank),
+        use_rslora=False,
+        dropout=0.0,
+        adapter_dtype=dtype,
+    )
+    apply_lora(model, served, name_map=names.module_to_hf)
+    task = make_task(config.task, seed=config.run.seed)
+    tokenizer = load_tokenizer(path)
+    prompts = [task.question(position).prompt for position in range(_PROBE_PROMPTS)]
+    ids = tokenizer.encode("".join(prompts), add_special_tokens=False).ids
+    return Scorer(model, prompt=tuple(ids[:_PROBE_TOKENS]))
+
+
+def build_rollouts(
+    config: TrainConfig,
+    engine: ArchonEngine,
+    group: dist.ProcessGroup,
+    probe: ProbeRecorder | None,
+) -> Rollouts:
+    """Whoever samples.
+
+    Args:
+        config: the settings.
+        engine: the trainer's.
+        group: ranks that exchange samples.
+        probe: whose model checks what an engine samples.
+
+    Raises:
+        ModelLoadError: the model or its tokenizer cannot be read.
+        TrainConfigError: an unknown kind of task.
+        ConfigError: an engine's address that is none.
+    """
+    if config.rollout.source != "local":
+        try:
+            from archon_lora.rl.build_fleet import build_engine_rollouts
+        except ModuleNotFoundError as err:
+            msg = (
+                f"rollout.source={config.rollout.source!r} needs {err.name}, which is not "
+                "installed: pip install 'archon-lora[handoff]'"
+            )
+            raise TrainConfigError(msg) from err
+        scorer = None if probe is None else probe.scorer
+        return build_engine_rollouts(config, group, scorer)
+    return LocalRollouts(
+        engine,
+        build_maker(config, engine).make,
+        group=group,
+        max_staleness=config.rollout.max_staleness,
+        timeout=config.run.timeout_s,
     )

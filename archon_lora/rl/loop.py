@@ -1,9 +1,10 @@
 """The training loop: generate ahead, train, save, publish.
 
-One step ``t`` goes like this on every rank: the batch for ``t + max_staleness`` begins in the
-rollout thread with the adapter as it is (version ``t``); the batch for ``t``, complete since the
-last step, is trained on; what is in flight is collected; the step is saved. The loop alone uses
-collectives, and only on the main thread.
+One step ``t`` goes like this on every rank: the batch for ``t + ahead`` begins, sampled by the
+newest version that samplers have; the batch for ``t``, complete since the last step, is trained on,
+unless it is staler than allowed: then it is sampled anew first; what is in flight is collected; the
+step is saved, and the version that samplers wait for is published. Collectives run on the main
+thread alone. Who samples is :mod:`archon_lora.rl.rollouts`' part.
 """
 
 from __future__ import annotations
@@ -21,26 +22,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from archon_lora.adapter import get_adapter_state_dict
 from archon_lora.engine import ArchonEngine
 from archon_lora.engine.agree import gather_json
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.build import (
     build_engine,
-    build_maker,
     build_manager,
+    build_probe,
+    build_rollouts,
     check_model_directory,
 )
 from archon_lora.rl.config import TrainConfig
 from archon_lora.rl.metrics import MetricsWriter, ProgressDisplay
-from archon_lora.rl.rollout import (
-    Batch,
-    PromptStream,
-    RolloutQueue,
-    merge,
-    pack,
-    unpack,
-)
+from archon_lora.rl.rollout import Batch, PromptStream, pack, unpack
 from archon_lora.rl.trainer import train_on
 from archon_lora.rl.warm import begin
 from ckpt import CheckpointManager, CkptError, TrainState
@@ -80,7 +74,7 @@ def run_training(config: TrainConfig) -> int | None:
         engine.initialize()
         stack.callback(engine.close)
         run = Run(config, engine, build_manager(config))
-        stack.callback(run.queue.close)
+        stack.callback(run.rollouts.close)
         deadline = config.checkpoint.preempt_deadline_s
         stack.callback(run.manager.save_on_signal(signal.SIGTERM, deadline=deadline))
         try:
@@ -114,20 +108,30 @@ class Progress:
     Attributes:
         extra: the dict that the checkpoint holds.
         ready: whole batches by step: sampled, not yet trained on.
+        served: name and policy version of what sampled last.
     """
 
     extra: dict[str, Any]
     ready: dict[int, Batch] = field(default_factory=dict)
+    served: dict[str, Any] | None = None
+
+    def arrived(self, batch: Batch) -> None:
+        """Take up a batch that has been sampled."""
+        self.ready[batch.step] = batch
+        last = batch.samples[-1]
+        self.served = {"name": last.made_by, "policy_version": last.version}
 
     def store(self, version: int) -> None:
         """Write the state of this moment into ``extra``."""
         self.extra["policy_version"] = version
+        self.extra["served"] = self.served
         self.extra["rollouts"] = [pack(self.ready[step]) for step in sorted(self.ready)]
 
     def load(self) -> int:
         """Take over what a restore put into ``extra``; returns the policy version."""
         batches = [unpack(packed) for packed in self.extra["rollouts"]]
         self.ready = {batch.step: batch for batch in batches}
+        self.served = self.extra["served"]
         return int(self.extra["policy_version"])
 
 
@@ -143,18 +147,17 @@ class Run:
         self.manager = manager
         self.prompts = PromptStream()
         self.settings = config.resume_key()
-        self.progress = Progress({"rollouts": [], "settings": self.settings, "warm_start": None})
+        self.progress = Progress(
+            {"rollouts": [], "served": None, "settings": self.settings, "warm_start": None}
+        )
         self.state: TrainState = engine.train_state(
             extra=self.progress.extra, dataloader=self.prompts
         )
         # Its own group: shares are exchanged while checkpoints are agreed upon elsewhere.
-        timeout = datetime.timedelta(seconds=config.run.timeout_s)
+        timeout = datetime.timedelta(seconds=config.patience_s)
         self.group = dist.new_group(backend="gloo", timeout=timeout)
-        self.queue = RolloutQueue(
-            build_maker(config, engine).make,
-            max_staleness=config.rollout.max_staleness,
-            timeout=config.run.timeout_s,
-        )
+        self.probe = build_probe(config, engine)
+        self.rollouts = build_rollouts(config, engine, self.group, self.probe)
         self.version = 0
         self.restored: int | None = None
 
@@ -205,6 +208,8 @@ class Run:
         total = self.config.run.steps
         first = self.engine.rank == 0
         stopped: int | None = None
+        if self.rollouts.begin(self.version, self.progress.served):
+            self._publish(self.restored)
         start_record = self._start_record(start)
         with ExitStack() as stack:
             display = stack.enter_context(ProgressDisplay(total=total, start=start, enabled=first))
@@ -223,6 +228,8 @@ class Run:
                     self.manager.last_save(step, self.state)
                     stopped = step
                     break
+            if self.config.checkpoint.wait_mirrored_s and stopped is None:
+                self.manager.wait_mirrored(self.config.checkpoint.wait_mirrored_s)
             self.manager.close()
             if writer is not None:
                 event = "end" if stopped is None else "preempted"
@@ -232,16 +239,17 @@ class Run:
     def step(self, step: int) -> dict[str, Any]:
         """Generate ahead, train, save; returns the metrics."""
         began = time.perf_counter()
-        self._launch_up_to(step + self.config.rollout.max_staleness)
+        self._launch_up_to(step + self.config.ahead)
         waited = self._collect(upto=step)
+        stale = self._refuse_stale(step)
         batch = self.progress.ready.pop(step)
         result = train_on(self.engine, batch, self.config, group=self.group)
         staleness = self.version - batch.version
         self.version += 1
         # What is in flight belongs to the state that is saved.
-        waited += self._collect(upto=step + self.config.rollout.max_staleness)
+        waited += self._collect(upto=step + self.config.ahead)
         self.progress.store(self.version)
-        stall_ms, publish = self._save(step)
+        saved = self._save(step)
         return {
             "step": step,
             "reward": result.reward,
@@ -253,52 +261,91 @@ class Run:
             "tokens": result.tokens,
             "policy_version": self.version,
             "staleness": staleness,
+            "stale": stale,
+            "made_by": sorted({sample.made_by for sample in batch.samples}),
             "generate_ms": batch.generate_ms,
             "wait_ms": waited,
-            "stall_ms": stall_ms,
-            "published": publish,
+            **saved,
             "step_ms": (time.perf_counter() - began) * 1e3,
             "world": self.engine.world_size,
+            **self.rollouts.report(),
         }
 
     def _launch_up_to(self, last: int) -> None:
         """Begin every batch up to ``last`` that is neither here nor under way.
 
-        On the first step that is ``max_staleness + 1`` batches, all of version 0; later it is
-        one a step.
+        On the first step that is ``ahead + 1`` batches, all of version 0; later it is one a step.
         """
-        known = [*self.progress.ready, *self.queue.pending()]
-        first = max(known, default=self.version - 1) + 1
-        if first > last:
-            return
-        adapter = get_adapter_state_dict(self.engine.model, full=True)
-        for step in range(first, last + 1):
+        known = [*self.progress.ready, *self.rollouts.pending()]
+        policy = self.rollouts.policy(self.version)
+        for step in range(max(known, default=self.version - 1) + 1, last + 1):
             position = self.prompts.draw(self.config.rollout.prompts_per_step)
-            self.queue.launch(step, self.version, position, adapter)
+            self.rollouts.launch(step, policy, position)
 
     def _collect(self, *, upto: int) -> float:
-        """Exchange shares until all batches up to ``upto`` are whole; milliseconds waited."""
+        """Wait until all batches up to ``upto`` are whole; milliseconds waited."""
         began = time.perf_counter()
-        for step in self.queue.pending():
-            if step > upto:
-                break
-            mine = pack(self.queue.take(step))
-            shares = gather_json(self.group, mine, timeout=self.config.run.timeout_s)
-            self.progress.ready[step] = merge([unpack(part) for part in shares])
+        for step in self.rollouts.pending():
+            if step <= upto:
+                self.progress.arrived(self.rollouts.take(step))
         return (time.perf_counter() - began) * 1e3
 
-    def _save(self, step: int) -> tuple[float, bool]:
-        """Save where the cadence says so; milliseconds of stall, and whether it publishes."""
+    def _refuse_stale(self, step: int) -> int:
+        """Have a batch sampled anew whose samples are too old; how many were.
+
+        Such batches come from a checkpoint of a run that allowed more.
+        """
+        bound = self.config.rollout.max_staleness
+        batch = self.progress.ready[step]
+        stale = batch.stale(self.version, bound)
+        if stale:
+            del self.progress.ready[step]
+            self.rollouts.launch(step, self.rollouts.policy(self.version), batch.first)
+            self._collect(upto=step)
+        return stale
+
+    def _save(self, step: int) -> dict[str, Any]:
+        """Save where the cadence says so, publish where it or a sampler does; metrics of it."""
         section = self.config.checkpoint
         done = step + 1
         last = done == self.config.run.steps
-        if done % section.save_every and not last:
-            return 0.0, False
-        publish = bool(section.publish_every) and (done % section.publish_every == 0 or last)
+        saves = last or done % section.save_every == 0
+        wanted = self.rollouts.wants(self.version) and not last
+        due = bool(section.publish_every) and (done % section.publish_every == 0 or last)
+        publish = wanted or (saves and due)
+        if last and section.when_busy == "skip":
+            self.manager.wait()  # the last step is never left out
+        probe, probe_ms = self._record() if publish else (None, 0.0)
         began = time.perf_counter()
         # What fails in the background is raised by the next save(), or by close().
-        self.manager.save(step, self.state, publish=publish)
-        return (time.perf_counter() - began) * 1e3, publish
+        if saves:
+            handle = self.manager.save(step, self.state, publish=publish, probe=probe)
+        elif publish:
+            handle = self.manager.publish(self.state, step=step, probe=probe)
+        else:
+            return {"stall_ms": 0.0, "probe_ms": 0.0, "published": False}
+        stall_ms = (time.perf_counter() - began) * 1e3
+        if wanted:
+            self.rollouts.published(self.version, handle)
+        return {
+            "stall_ms": stall_ms,
+            "probe_ms": probe_ms,
+            "published": publish and not handle.skipped,
+        }
+
+    def _record(self) -> tuple[dict[str, Any] | None, float]:
+        """What an engine with the present adapter must answer, and the milliseconds it took."""
+        if self.probe is None:
+            return None, 0.0
+        began = time.perf_counter()
+        probe = self.probe.record()
+        return probe, (time.perf_counter() - began) * 1e3
+
+    def _publish(self, step: int | None) -> None:
+        """Publish the version that samplers wait for, outside of the cadence."""
+        probe, _ = self._record()
+        handle = self.manager.publish(self.state, step=step, probe=probe)
+        self.rollouts.published(self.version, handle)
 
     def _start_record(self, start: int) -> dict[str, Any]:
         """Who runs, and from where; collective."""

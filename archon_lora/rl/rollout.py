@@ -23,7 +23,10 @@ from torch import Tensor
 
 from archon_lora.rl.config import RolloutSection
 from archon_lora.rl.sampling import Completion, LocalPolicy, sample_seed
-from archon_lora.rl.task import Task
+from archon_lora.rl.task import Question, Task
+
+LOCAL = "local"
+"""What samples of the trainer's own devices say they were made by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,17 @@ class Sample:
         prompt: token ids.
         completion: token ids and behaviour log-probabilities.
         reward: the task's verdict.
+        version: the policy that made it, as a number of optimizer steps.
+        made_by: name of the published version that an engine served, ``base`` for an engine's
+            model without an adapter, or ``local``.
     """
 
     index: int
     prompt: tuple[int, ...]
     completion: Completion
     reward: float
+    version: int
+    made_by: str = LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +57,24 @@ class Batch:
 
     Attributes:
         step: the optimizer step that trains on them.
-        version: the policy that sampled them, as a number of optimizer steps.
+        first: position of the first prompt, which they can be sampled anew from.
         samples: in order of their index; the completions of one prompt lie side by side.
         generate_ms: what this rank's share took.
     """
 
     step: int
-    version: int
+    first: int
     samples: tuple[Sample, ...]
     generate_ms: float = 0.0
+
+    @property
+    def version(self) -> int:
+        """The oldest policy that sampled any of them."""
+        return min(sample.version for sample in self.samples)
+
+    def stale(self, version: int, bound: int) -> int:
+        """How many samples are more than ``bound`` versions older than ``version``."""
+        return sum(version - sample.version > bound for sample in self.samples)
 
 
 class PromptStream:
@@ -84,6 +101,29 @@ class PromptStream:
 def share(total: int, rank: int, world: int) -> range:
     """Sample numbers of one rank: contiguous, and sizes differ by at most one."""
     return range(total * rank // world, total * (rank + 1) // world)
+
+
+def judge(
+    task: Task,
+    tokenizer: Tokenizer,
+    question: Question,
+    *,
+    index: int,
+    prompt: tuple[int, ...],
+    completion: Completion,
+    version: int,
+    made_by: str = LOCAL,
+) -> Sample:
+    """A sample, with the task's verdict; arguments as the attributes of :class:`Sample`."""
+    text = tokenizer.decode(list(completion.tokens))
+    return Sample(
+        index=index,
+        prompt=prompt,
+        completion=completion,
+        reward=task.reward(question, text),
+        version=version,
+        made_by=made_by,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,46 +154,47 @@ class SampleMaker:
         prompts = [self.tokenizer.encode(q.prompt, add_special_tokens=False).ids for q in questions]
         seeds = [sample_seed(self.seed, step, index) for index in self.indices]
         completions = self.policy.complete(prompts, seeds)
-        texts = [self.tokenizer.decode(list(c.tokens)) for c in completions]
         samples = tuple(
-            Sample(
+            judge(
+                self.task,
+                self.tokenizer,
+                question,
                 index=index,
                 prompt=tuple(prompt),
                 completion=completion,
-                reward=self.task.reward(question, text),
+                version=version,
             )
-            for index, prompt, completion, question, text in zip(
-                self.indices, prompts, completions, questions, texts, strict=True
+            for index, prompt, completion, question in zip(
+                self.indices, prompts, completions, questions, strict=True
             )
         )
         elapsed = (time.perf_counter() - began) * 1e3
-        return Batch(step=step, version=version, samples=samples, generate_ms=elapsed)
-
-
-Make = Callable[[int, int, int, Mapping[str, Tensor]], Batch]
-"""Samples a share: (step, version, first prompt, adapter) to a batch."""
+        return Batch(step=step, first=first, samples=samples, generate_ms=elapsed)
 
 
 class RolloutQueue:
-    """Shares in the making, in order, by one worker thread."""
+    """Batches, or shares of them, in the making, in order, by one worker thread."""
 
-    def __init__(self, make: Make, *, max_staleness: int, timeout: float) -> None:
+    def __init__(self, *, max_staleness: int, timeout: float) -> None:
         """Start the worker.
 
         Args:
-            make: called on the worker alone.
             max_staleness: steps by which a batch's policy may lag behind the trainer's.
             timeout: seconds that :meth:`take` and :meth:`close` wait.
         """
-        self._make = make
         self._max_staleness = max_staleness
         self._timeout = timeout
         self._pending: dict[int, Future[Batch]] = {}
-        # One worker: the policy holds one adapter at a time, and order keeps memory bounded.
+        # One worker: a policy holds one adapter at a time, and order keeps memory bounded.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
 
-    def launch(self, step: int, version: int, first: int, adapter: Mapping[str, Tensor]) -> None:
-        """Begin this rank's share of the batch for ``step``.
+    def launch(self, step: int, version: int, make: Callable[[], Batch]) -> None:
+        """Begin what this rank makes of the batch for ``step``.
+
+        Args:
+            step: the optimizer step that will train on it.
+            version: which policy samples it.
+            make: called on the worker alone.
 
         Raises:
             ValueError: it would be staler than allowed by the time it is trained on.
@@ -164,14 +205,14 @@ class RolloutQueue:
                 f"max_staleness is {self._max_staleness}"
             )
             raise ValueError(msg)
-        self._pending[step] = self._worker.submit(self._make, step, version, first, adapter)
+        self._pending[step] = self._worker.submit(make)
 
     def pending(self) -> list[int]:
-        """Steps whose shares were launched and not taken."""
+        """Steps whose batches were launched and not taken."""
         return sorted(self._pending)
 
     def take(self, step: int) -> Batch:
-        """Wait for the share of ``step`` and hand it out.
+        """Wait for what this rank makes of ``step`` and hand it out.
 
         Raises:
             TimeoutError: it was not ready in time.
@@ -181,7 +222,8 @@ class RolloutQueue:
         if not made.done():
             msg = (
                 f"this rank's share of batch {step} was not sampled within {self._timeout:g} s; "
-                "raise run.timeout_s, or lower rollout.max_new_tokens or prompts_per_step"
+                "raise run.timeout_s (with an engine: engine.batch_timeout_s), or lower "
+                "rollout.max_new_tokens or prompts_per_step"
             )
             raise TimeoutError(msg)
         del self._pending[step]
@@ -201,13 +243,13 @@ def merge(shares: Sequence[Batch]) -> Batch:
         ValueError: the shares are of different batches, or do not make up a whole one.
     """
     samples = sorted((s for part in shares for s in part.samples), key=lambda s: s.index)
-    same = {(part.step, part.version) for part in shares}
+    same = {(part.step, part.first) for part in shares}
     if len(same) != 1 or [s.index for s in samples] != list(range(len(samples))):
         msg = f"shares do not make up one batch: {same}, samples {[s.index for s in samples]}"
         raise ValueError(msg)
     return Batch(
         step=shares[0].step,
-        version=shares[0].version,
+        first=shares[0].first,
         samples=tuple(samples),
         generate_ms=max(part.generate_ms for part in shares),
     )
@@ -217,7 +259,7 @@ def pack(batch: Batch) -> dict[str, Any]:
     """A batch as JSON values; floats keep every bit."""
     return {
         "step": batch.step,
-        "version": batch.version,
+        "first": batch.first,
         "generate_ms": batch.generate_ms,
         "samples": [
             {
@@ -226,6 +268,8 @@ def pack(batch: Batch) -> dict[str, Any]:
                 "tokens": list(s.completion.tokens),
                 "logprobs": list(s.completion.logprobs),
                 "reward": s.reward,
+                "version": s.version,
+                "made_by": s.made_by,
             }
             for s in batch.samples
         ],
@@ -236,7 +280,7 @@ def unpack(packed: Mapping[str, Any]) -> Batch:
     """The reverse of :func:`pack`."""
     return Batch(
         step=packed["step"],
-        version=packed["version"],
+        first=packed["first"],
         generate_ms=packed["generate_ms"],
         samples=tuple(
             Sample(
@@ -246,6 +290,8 @@ def unpack(packed: Mapping[str, Any]) -> Batch:
                     tokens=tuple(entry["tokens"]), logprobs=tuple(entry["logprobs"])
                 ),
                 reward=entry["reward"],
+                version=entry["version"],
+                made_by=entry["made_by"],
             )
             for entry in packed["samples"]
         ),

@@ -7,12 +7,12 @@ from typing import Final
 
 from ckpt.errors import ConfigError
 
-from .engine import Engine
+from .generate import Generator
 from .replica import DEFAULT_TIMEOUT_S
 from .sglang import SglangEngine
 from .vllm import VllmEngine
 
-_DRIVERS: Final[dict[str, Callable[..., Engine]]] = {"vllm": VllmEngine, "sglang": SglangEngine}
+_DRIVERS: Final[dict[str, Callable[..., Generator]]] = {"vllm": VllmEngine, "sglang": SglangEngine}
 
 
 def open_engine(
@@ -21,7 +21,7 @@ def open_engine(
     api_key: str | None = None,
     base_model: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> Engine:
+) -> Generator:
     """The driver for an address such as ``vllm+http://127.0.0.1:8000``; nothing is sent yet.
 
     Args:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .engine import AdapterRefused, EngineError, EngineKind
+from .generate import Generated, Sampling, read_sglang, sglang_request
 from .replica import DEFAULT_TIMEOUT_S, Replica
 from .vllm import model_cards
 
@@ -112,6 +113,17 @@ class SglangEngine:
             body["lora_path"] = adapter
         answer = self._replica.read("/generate", what, body)
         return self._replica.expect("/generate", what, lambda a: _prompt(a, ids), answer)
+
+    def generate(
+        self, token_ids: Sequence[int], adapter: str | None, sampling: Sampling
+    ) -> list[Generated]:
+        """See :class:`~ckpt.handoff.generate.Generator`."""
+        what = f"sample under {adapter or 'the base model'}"
+        body = sglang_request(adapter, token_ids, sampling)
+        answer = self._replica.read("/generate", what, body)
+        return self._replica.expect(
+            "/generate", what, lambda a: read_sglang(a, token_ids, sampling), answer
+        )
 
     def incarnation(self) -> str | None:
         """See :class:`~ckpt.handoff.engine.Engine`; from ``/server_info``.

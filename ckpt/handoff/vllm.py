@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .engine import EngineError, EngineKind
+from .generate import Generated, Sampling, read_vllm, vllm_request
 from .replica import DEFAULT_TIMEOUT_S, Replica
 
 _START: Final = re.compile(r"^process_start_time_seconds\s+(\S+)", re.MULTILINE)
@@ -111,6 +112,18 @@ class VllmEngine:
         }
         answer = self._replica.read("/v1/completions", what, body)
         return self._replica.expect("/v1/completions", what, lambda a: _prompt(a, ids), answer)
+
+    def generate(
+        self, token_ids: Sequence[int], adapter: str | None, sampling: Sampling
+    ) -> list[Generated]:
+        """See :class:`~ckpt.handoff.generate.Generator`."""
+        model = adapter or self._base()
+        what = f"sample under {model}"
+        body = vllm_request(model, token_ids, sampling)
+        answer = self._replica.read("/v1/completions", what, body)
+        return self._replica.expect(
+            "/v1/completions", what, lambda a: read_vllm(a, model, token_ids, sampling), answer
+        )
 
     def incarnation(self) -> str | None:
         """See :class:`~ckpt.handoff.engine.Engine`; the start of the process, from ``/metrics``."""

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.train_ranks import environment, start_ranks
 
 from archon_lora.models.tiny import write_tiny_qwen2
 from archon_lora.rl.demo.processes import Child, ChildFailed, descendants
@@ -22,12 +22,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 REPO = Path(__file__).resolve().parents[2]
 
 SHORT = DemoSettings(steps=12, more_steps=2, kill_after=3, publish_every=4, margin=0.03)
-
-
-def environment():
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MASTER_"))}
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    return env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback[0]}
 
 
 @pytest.mark.s3
@@ -75,25 +69,6 @@ def test_a_demonstration_that_is_stopped_leaves_nothing_running(tmp_path):
     while any(map(alive, below)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, below))
-
-
-def start_ranks(config, world, folder, **settings):
-    """Ranks without a launcher: nobody but they themselves notices a dead peer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "archon_lora.cli", "train", str(config)]
-    for key, value in settings.items():
-        command += ["--set", f"{key.replace('__', '.')}={value}"]
-    return [
-        Child(
-            command,
-            log=folder / f"rank{rank}.log",
-            env=environment() | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]
 
 
 @pytest.mark.dist

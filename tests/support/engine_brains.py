@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import struct
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,6 +112,7 @@ class ModelBrain:
         from archon_lora.models import load_pretrained
 
         torch.set_num_threads(1)
+        self._lock = threading.Lock()
         self._model, self._map = load_pretrained(directory)
         stored = load_file(Path(directory) / "model.safetensors")
         self._base = {key: value.float() for key, value in stored.items()}
@@ -119,9 +121,10 @@ class ModelBrain:
     def logprobs(self, ids: list[int], adapter: Adapter | None) -> np.ndarray:
         import torch
 
-        if self._merged[0] is not adapter:
-            self._merged = (adapter, self._archon(self._with(adapter)))
-        with torch.no_grad():
+        # functional_call puts the weights into the one module: requests take turns.
+        with self._lock, torch.no_grad():
+            if self._merged[0] is not adapter:
+                self._merged = (adapter, self._archon(self._with(adapter)))
             logits = torch.func.functional_call(
                 self._model, self._merged[1], (torch.tensor([ids]),)
             )

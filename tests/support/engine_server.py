@@ -144,10 +144,12 @@ class Engine:
         temperature: float,
         stop: set[int],
         scaled: bool,
+        seed: int | None,
     ) -> tuple[list[int], list[float], str]:
         """New tokens and their log-probabilities, of the distribution at temperature 1 or not."""
         new: list[int] = []
         values: list[float] = []
+        rng = self.rng if seed is None else np.random.default_rng(seed)
         for _ in range(count):
             row = self.rows([*ids, *new], name)[-1]
             if temperature == 0:
@@ -156,7 +158,7 @@ class Engine:
                 warm = row / temperature
                 warm = warm - np.log(np.exp(warm - warm.max()).sum()) - warm.max()
                 with self.lock:
-                    token = int(np.argmax(warm + self.rng.gumbel(size=len(warm))))
+                    token = int(np.argmax(warm + rng.gumbel(size=len(warm))))
                 told = warm if scaled else row
             new.append(token)
             values.append(float(told[token]))
@@ -252,7 +254,7 @@ class Vllm(Engine):
         choices: list[dict[str, Any]] = []
         for ids in prompts:
             rows = self.rows(ids, name)
-            for _ in range(body.get("n", 1)):
+            for number in range(body.get("n", 1)):
                 new, values, finish = self.sample(
                     ids,
                     name,
@@ -260,6 +262,7 @@ class Vllm(Engine):
                     temperature=body.get("temperature", 1.0),
                     stop=set(body.get("stop_token_ids") or ()),
                     scaled=False,
+                    seed=None if body.get("seed") is None else body["seed"] + number,
                 )
                 choice: dict[str, Any] = {
                     "index": len(choices),
@@ -360,6 +363,8 @@ class Sglang(Engine):
         prompts = body["input_ids"] if many else [body["input_ids"]]
         given = body.get("lora_path")
         names = given if isinstance(given, list) else [given] * len(prompts)
+        params = body.get("sampling_params") or {}
+        params = params if isinstance(params, list) else [params] * len(prompts)
         for name in set(names) - {None}:
             with self.lock:
                 if name not in self.ever:
@@ -374,8 +379,8 @@ class Sglang(Engine):
         try:
             answers = [
                 answer
-                for ids, name in zip(prompts, names, strict=True)
-                for answer in self.answers(body, ids, name)
+                for ids, name, own in zip(prompts, names, params, strict=True)
+                for answer in self.answers(body, ids, name, own)
             ]
         finally:
             with self.lock:
@@ -383,9 +388,10 @@ class Sglang(Engine):
                     self.running[name] -= 1
         return answers if many or len(answers) > 1 else answers[0]
 
-    def answers(self, body: dict[str, Any], ids: list[int], name: str | None) -> list[Any]:
+    def answers(
+        self, body: dict[str, Any], ids: list[int], name: str | None, params: dict[str, Any]
+    ) -> list[Any]:
         item = self.at("generate", name)
-        params = body.get("sampling_params") or {}
         first = body.get("logprob_start_len", -1)
         told: list[Any] = []
         if body.get("return_logprob") and first == 0:
@@ -402,6 +408,7 @@ class Sglang(Engine):
                 temperature=params.get("temperature", 1.0),
                 stop=set(params.get("stop_token_ids") or ()),
                 scaled=True,
+                seed=params.get("sampling_seed"),
             )
             meta: dict[str, Any] = {
                 "id": uuid.uuid4().hex,

@@ -124,6 +124,6 @@ def test_the_resume_key_covers_what_shapes_the_data():
 def test_every_section_has_a_default_or_a_required_key():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == {
-        "model", "checkpoint", "run", "lora", "optimizer", "task", "rollout", "grpo",
+        "model", "checkpoint", "run", "lora", "optimizer", "task", "rollout", "engine", "grpo",
         "warm_start",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from archon_lora.errors import TrainConfigError
 from archon_lora.models.tiny import write_tiny_qwen2
-from archon_lora.rl import loop
+from archon_lora.rl import build, loop
 from archon_lora.rl.config import load_config
 from archon_lora.rl.demo.findings import EXACT, bits
 from archon_lora.rl.loop import run_training
@@ -198,7 +198,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(start, tmp_path, monke
 def test_the_adapter_is_sampled_as_it_was_when_the_batch_was_launched(start, monkeypatch):
     """Version v's tensors, not whatever the trainer has made of them meanwhile."""
     seen = {}
-    honest = loop.build_maker
+    honest = build.build_maker
 
     def spying(config, engine):
         maker = honest(config, engine)
@@ -211,7 +211,7 @@ def test_the_adapter_is_sampled_as_it_was_when_the_batch_was_launched(start, mon
 
         return SimpleNamespace(make=make)
 
-    monkeypatch.setattr(loop, "build_maker", spying)
+    monkeypatch.setattr(build, "build_maker", spying)
     start("run", "run.steps=4")
     assert sorted(seen) == [0, 1, 2, 3]
     assert any(bool((seen[0][k] != seen[1][k]).any()) for k in seen[0])

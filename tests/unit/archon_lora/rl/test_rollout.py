@@ -1,8 +1,10 @@
 """Rollouts: the same samples on any number of ranks, in order, and never too stale."""
 
+import dataclasses
 import math
 import threading
 from concurrent.futures import CancelledError
+from functools import partial
 
 import pytest
 import torch
@@ -173,9 +175,19 @@ def test_packing_keeps_every_bit(model_dir):
     assert unpack(pack(batch)) == batch
 
 
+def test_every_sample_says_which_policy_made_it_and_old_ones_are_counted(model_dir):
+    maker, model = make_maker(model_dir, range(12))
+    batch = maker.make(4, 3, 12, some_adapter(model, 1))
+    assert {(s.version, s.made_by) for s in batch.samples} == {(3, "local")}
+    older = dataclasses.replace(batch.samples[5], version=1)
+    mixed = dataclasses.replace(batch, samples=(*batch.samples[:5], older, *batch.samples[6:]))
+    assert mixed.version == 1
+    assert [mixed.stale(4, bound) for bound in (0, 1, 2, 3)] == [12, 1, 1, 0]
+
+
 def test_shares_of_different_batches_do_not_merge(model_dir):
-    one = Batch(step=1, version=0, samples=())
-    two = Batch(step=2, version=1, samples=())
+    one = Batch(step=1, first=0, samples=())
+    two = Batch(step=2, first=4, samples=())
     with pytest.raises(ValueError, match="do not make up one batch"):
         merge([one, two])
     maker, model = make_maker(model_dir, range(1, 3))
@@ -196,8 +208,8 @@ def test_the_stream_goes_on_from_its_position():
 def queue_of():
     queues = []
 
-    def make(fn, *, max_staleness=1, timeout=10.0):
-        queues.append(RolloutQueue(fn, max_staleness=max_staleness, timeout=timeout))
+    def make(*, max_staleness=1, timeout=10.0):
+        queues.append(RolloutQueue(max_staleness=max_staleness, timeout=timeout))
         return queues[-1]
 
     yield make
@@ -205,15 +217,15 @@ def queue_of():
         queue.close()
 
 
-def echo(step, version, first, adapter):
-    return Batch(step=step, version=version, samples=())
+def echo(step):
+    return Batch(step=step, first=0, samples=())
 
 
 @pytest.mark.parametrize(("staleness", "step", "version"), [(0, 1, 0), (1, 5, 3), (2, 9, 10)])
 def test_a_batch_outside_the_staleness_bound_is_refused(queue_of, staleness, step, version):
-    queue = queue_of(echo, max_staleness=staleness)
+    queue = queue_of(max_staleness=staleness)
     with pytest.raises(ValueError, match=f"max_staleness is {staleness}"):
-        queue.launch(step, version, 0, {})
+        queue.launch(step, version, partial(echo, step))
     assert queue.pending() == []
 
 
@@ -221,28 +233,28 @@ def test_the_worker_runs_beside_the_trainer_and_in_order(queue_of):
     gate = threading.Event()
     seen = []
 
-    def make(step, version, first, adapter):
+    def make(step):
         assert gate.wait(10)
         seen.append((step, threading.current_thread().name))
-        return Batch(step=step, version=version, samples=())
+        return echo(step)
 
-    queue = queue_of(make, max_staleness=2)
+    queue = queue_of(max_staleness=2)
     for step in (2, 3):
-        queue.launch(step, step - 1, 0, {})
+        queue.launch(step, step - 1, partial(make, step))
     assert queue.pending() == [2, 3]
     gate.set()
     assert queue.take(3).step == 3
-    assert queue.take(2).version == 1
+    assert queue.take(2).step == 2
     assert [step for step, _ in seen] == [2, 3]
     assert all(name.startswith("rollout") for _, name in seen)
 
 
 def test_a_failure_in_the_worker_reaches_the_trainer(queue_of):
-    def make(step, version, first, adapter):
+    def make():
         raise RuntimeError("no more tokens")
 
-    queue = queue_of(make)
-    queue.launch(0, 0, 0, {})
+    queue = queue_of()
+    queue.launch(0, 0, make)
     with pytest.raises(RuntimeError, match="no more tokens"):
         queue.take(0)
 
@@ -250,14 +262,14 @@ def test_a_failure_in_the_worker_reaches_the_trainer(queue_of):
 def test_a_late_batch_is_an_error_and_closing_does_not_wait_for_ever(queue_of):
     begun, gate = threading.Event(), threading.Event()
 
-    def make(step, version, first, adapter):
+    def make():
         begun.set()
         assert gate.wait(60)
-        return Batch(step=step, version=version, samples=())
+        return echo(0)
 
-    queue = queue_of(make, max_staleness=3, timeout=0.05)
-    queue.launch(0, 0, 0, {})
-    queue.launch(1, 0, 0, {})
+    queue = queue_of(max_staleness=3, timeout=0.05)
+    queue.launch(0, 0, make)
+    queue.launch(1, 0, make)
     assert begun.wait(60)
     with pytest.raises(TimeoutError, match=r"batch 0 was not sampled within 0\.05 s; raise run\."):
         queue.take(0)

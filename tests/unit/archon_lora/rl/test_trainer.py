@@ -17,7 +17,9 @@ from archon_lora.rl.trainer import collate, train_on
 
 def sample(index, prompt, tokens, logprobs, reward=0.0):
     completion = Completion(tokens=tuple(tokens), logprobs=tuple(logprobs))
-    return Sample(index=index, prompt=tuple(prompt), completion=completion, reward=reward)
+    return Sample(
+        index=index, prompt=tuple(prompt), completion=completion, reward=reward, version=0
+    )
 
 
 def test_rows_are_padded_and_masks_sit_on_the_predicting_position():
@@ -81,7 +83,7 @@ def test_a_step_minimises_the_loss_that_the_formulas_give(config):
         made = maker.make(0, 0, 0, adapter)  # another policy than the engine's: ratios are not 1
         batch = Batch(
             step=0,
-            version=0,
+            first=0,
             samples=tuple(
                 dataclasses.replace(s, reward=0.1 * i * i) for i, s in enumerate(made.samples)
             ),
