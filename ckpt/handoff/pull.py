@@ -26,8 +26,10 @@ from ckpt.storage.checked import read_verified
 from ckpt.storage.exchange import exchange_dirs
 from ckpt.types import FileRecord
 
-PARALLEL_READS: Final = 4
-"""Blocks of 8 MiB that are read at once; as many are in memory, and one more."""
+RUN_BLOCKS: Final = 4
+"""Blocks in one read: 32 MiB, few requests for an object store, which splits them as it likes."""
+READS_AHEAD: Final = 2
+"""Reads under way; as many are in memory, and one more."""
 
 _FILES: Final = frozenset({CONFIG_NAME, WEIGHTS_NAME, MANIFEST})
 
@@ -110,54 +112,57 @@ def _copy(storage: Storage, manifest: VersionManifest, local: Storage, work: str
     """Weights, manifest, config: a watcher that waits for the config finds all the rest."""
     files = {file.name: file for file in manifest.files}
     weights = files[WEIGHTS_NAME]
-    local.put_stream(f"{work}/{WEIGHTS_NAME}", _blocks(storage, manifest, weights), weights.size)
+    local.put_stream(f"{work}/{WEIGHTS_NAME}", _runs(storage, manifest, weights), weights.size)
     local.put(f"{work}/{MANIFEST}", manifest.to_bytes())
-    config = [bytes(block) for block in _blocks(storage, manifest, files[CONFIG_NAME])]
+    config = [bytes(run) for run in _runs(storage, manifest, files[CONFIG_NAME])]
     local.put(f"{work}/{CONFIG_NAME}", b"".join(config))
 
 
-def _blocks(
-    storage: Storage, manifest: VersionManifest, record: FileRecord
-) -> Iterator[memoryview]:
-    """A file's verified blocks in order; several are read at once, and summed up beside that.
+def _runs(storage: Storage, manifest: VersionManifest, record: FileRecord) -> Iterator[memoryview]:
+    """A file's verified bytes in order; the next are read, and these summed up, meanwhile.
 
-    The digest of the weights is compared before their last block is given out.
+    The digest of the weights is compared before their last bytes are given out.
     """
     digest = hashlib.sha256()
     pending: deque[Future[memoryview]] = deque()
-    count = len(record.block_crc32)
+    blocks = len(record.block_crc32)
+    runs = [range(low, min(low + RUN_BLOCKS, blocks)) for low in range(0, blocks, RUN_BLOCKS)]
     with (
-        ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="ckpt-pull") as readers,
+        ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="ckpt-pull") as readers,
         ThreadPoolExecutor(1, thread_name_prefix="ckpt-digest") as summing,
     ):
         summed: Future[None] | None = None
         asked = 0
-        for given in range(count):
-            while asked < min(count, given + PARALLEL_READS):
-                pending.append(readers.submit(_read_block, storage, manifest, record, asked))
+        for given in range(len(runs)):
+            for run in runs[asked : given + READS_AHEAD]:
+                pending.append(readers.submit(_read_run, storage, manifest, record, run))
                 asked += 1
-            block = pending.popleft().result()
+            data = pending.popleft().result()
             if record.name == WEIGHTS_NAME:
                 if summed is not None:
                     summed.result()  # one at a time, so that memory stays bounded
-                summed = summing.submit(digest.update, block)
-                if given == count - 1:
+                summed = summing.submit(digest.update, data)
+                if given == len(runs) - 1:
                     summed.result()
                     _compare(digest.hexdigest(), manifest, f"{storage.url}/{_path(manifest)}")
-            yield block
+            yield data
 
 
-def _read_block(
-    storage: Storage, manifest: VersionManifest, record: FileRecord, index: int
+def _read_run(
+    storage: Storage, manifest: VersionManifest, record: FileRecord, run: range
 ) -> memoryview:
-    start, end = block_range(record, index)
+    start, end = block_range(record, run.start)[0], block_range(record, run.stop - 1)[1]
     target = memoryview(bytearray(end - start))
     path = f"{_path(manifest)}/{record.name}"
-    where = f"{storage.url}/{path}"
+
+    def verify() -> None:
+        for block in run:
+            low, high = block_range(record, block)
+            data = target[low - start : high - start]
+            verify_block(record, block, data, f"{storage.url}/{path}")
+
     try:
-        read_verified(
-            storage, path, start, target, lambda: verify_block(record, index, target, where)
-        )
+        read_verified(storage, path, start, target, verify)
     except ObjectNotFound as error:
         # Who deletes a version takes its manifest away first.
         if storage.exists(f"{_path(manifest)}/{MANIFEST}"):
