@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from support.publishers import publish_to
+from support.ranks_faults import Toy
 from support.steps import write_writer
 
+from ckpt import CheckpointManager
 from ckpt.errors import (
     AlreadyExists,
     ConfigError,
@@ -406,3 +408,29 @@ def test_numbers_grow_when_training_goes_back(root: Root) -> None:
     root.publish(seed=101, epoch=2)
     found = [(v.number, v.step) for v in root.registry().newer_than(None)]
     assert found == [(1, 100), (2, 200), (4, 101)]
+
+
+def test_numbers_grow_when_a_trainer_resumes_from_an_older_step(root: Root) -> None:
+    """With a retention that keeps one version, so that the older numbers leave no trace."""
+    keep = Retention(latest=9, versions=1)
+
+    def train(resume_from: int | None, steps: range) -> None:
+        toy = Toy(tag="v")
+        with CheckpointManager(
+            root.url, run_name="run7", retention=keep, storage_options=root.options
+        ) as manager:
+            assert manager.restore(toy.state, step=resume_from) == resume_from
+            for step in steps:
+                toy.step()
+                manager.save(step, toy.state, publish=True)
+
+    train(None, range(4))
+    registry = root.registry()
+    before = registry.latest()
+    assert before is not None
+    assert (before.number, before.step, before.epoch) == (4, 3, 1)
+    train(1, range(2, 3))
+    after = registry.wait_for(before, timeout=0)
+    assert (after.number, after.step, after.epoch) == (5, 2, 2)
+    assert after.adapter_sha256 != before.adapter_sha256
+    assert registry.newer_than(None) == [after]

@@ -18,6 +18,7 @@ from ckpt.errors import CommitUnknown, UnrestoredRoot
 from ckpt.holds import pin
 from ckpt.layout import PART, mark_path, parse_mark
 from ckpt.locks import FileLock
+from ckpt.mirror import Mirror
 from ckpt.part import Part
 from ckpt.session import Beat, Session, read_beat, write_beat
 from ckpt.storage import open_storage
@@ -27,6 +28,7 @@ from ckpt.supervisor import Supervisor
 from ckpt.tier import Outcome, Tier, local_root
 from ckpt.types import Chunk
 from ckpt.upload import Uploader, drain
+from ckpt.versions import list_versions, read_version
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +298,41 @@ def test_the_tier_keeps_the_newest_and_everything_that_is_not_mirrored(places):
         manager.wait()
         assert [item.pair[0] for item in tier.steps()] == [1, 3, 4]
         assert set(tier.outcomes()) == {"step-00000001.w0001", "step-00000003.w0001"}
+
+
+class Swept:
+    """A root from which somebody removes a version's weights just before its manifest comes."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def put(self, path, data):
+        self._inner.put(path, data)
+        self._sweep(path)
+
+    def put_stream(self, path, chunks, size):
+        self._inner.put_stream(path, chunks, size)
+        self._sweep(path)
+
+    def _sweep(self, path):
+        if path.endswith("adapter_model.safetensors"):
+            self._inner.delete(path)
+
+
+def test_a_version_whose_files_vanish_goes_up_again(places):
+    """Nothing is committed that is not there."""
+    save(places, range(1), publish=True)
+    tier, remote = Tier(places[1], places[0]), open_storage(places[0])
+    (item,) = tier.versions()
+    with pytest.raises(StorageError, match=r"adapter_model.* is missing; the version goes up"):
+        Mirror(tier, Swept(remote), lambda count: None).run(item)
+    assert list_versions(remote, "run")[0].state == "claimed"
+    assert tier.outcomes() == {}
+    assert Mirror(tier, remote, lambda count: None).run(item) is Outcome.mirrored
+    read_version(remote, item.name)
 
 
 def test_the_uploader_applies_the_retention_at_the_root(places):
