@@ -165,7 +165,9 @@ def apply_optimizer(
     saved: Mapping[str, Any],
     restored: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Give the optimizer its saved state: nothing of its own is left.
+    """Give the optimizer its saved state: of what was saved, nothing of its own is left.
+
+    Parameters that no saved group holds (only without ``strict``) keep theirs.
 
     Args:
         optimizer: the live optimizer.
@@ -173,7 +175,10 @@ def apply_optimizer(
         saved: what :func:`optimizer_values` returned at the save.
         restored: FQN, then key, to the tensor that now holds the saved value.
     """
+    known = {name for group in saved["groups"] for name in group["params"]}
     for name, parameter in params.items():
+        if name not in known:
+            continue
         fresh = {**saved["values"].get(name, {}), **restored.get(name, {})}
         if fresh:
             optimizer.state[parameter] = fresh

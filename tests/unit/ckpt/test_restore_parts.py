@@ -10,7 +10,16 @@ import torch
 from safetensors import safe_open
 from support.tiny_run import Run, Tiny
 
-from ckpt import ALL_PARTS, CheckpointManager, ConfigError, Part, StateError, TrainState
+from ckpt import (
+    ALL_PARTS,
+    CheckpointManager,
+    ConfigError,
+    DamagedError,
+    NoCheckpoint,
+    Part,
+    StateError,
+    TrainState,
+)
 from ckpt.state import encode_state
 
 
@@ -184,3 +193,47 @@ def test_generators_left_out_do_not_move(saved):
     random.seed(5)
     np.random.seed(5)
     assert found == (torch.rand(()).item(), random.random(), np.random.rand())
+
+
+def test_without_strict_what_only_the_live_side_has_keeps_its_moments(saved):
+    root, want = saved
+    run = Run()
+    run.model.more = torch.nn.Parameter(torch.zeros(2))
+    run.optimizer.add_param_group({"params": [run.model.more], "lr": 0.3})
+    run.model.more.grad = torch.ones(2)
+    run.optimizer.step()
+    moments = run.optimizer.state[run.model.more]["exp_avg"].clone()
+    with CheckpointManager(root) as manager:
+        with pytest.raises(StateError, match=r"lacks model\.more, optim\.more"):
+            manager.restore(run.state, parts={"model", "optimizer"})
+        manager.restore(run.state, parts={"model", "optimizer"}, strict=False)
+        assert manager.last_restore.missing == ("model.more", "optim.more")
+    assert torch.equal(run.optimizer.state[run.model.more]["exp_avg"], moments)
+    assert run.optimizer.param_groups[2]["lr"] == 0.3
+    found = {k: v for k, v in run.digest().items() if ".more" not in k}
+    assert found == {**want["model"], **want["optimizer"][0]}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_step_by_number_is_that_step_or_an_error(tmp_path, strict):
+    run = Run()
+    with CheckpointManager(tmp_path) as manager:
+        for step in (3, 5, 7):
+            run.step()
+            manager.save(step, run.state)
+    (shard,) = tmp_path.glob("steps/step-00000005.*/shard-*")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    before = run.digest()
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(DamagedError, match="step 5 "):
+            manager.restore(run.state, step=5, strict=strict)
+        with pytest.raises(NoCheckpoint, match=r"no step 4 in .*; newest steps: 7, 5, 3"):
+            manager.restore(run.state, step=4, strict=strict)
+        for wrong in (-1, "5", 5.0, True):
+            with pytest.raises(ConfigError, match="step"):
+                manager.restore(run.state, step=wrong, strict=strict)
+        assert run.digest() == before
+        assert manager.restore(run.state, step=3, strict=strict) == 3
+        assert manager.restore(run.state, strict=strict) == 7
