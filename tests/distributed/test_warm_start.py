@@ -68,6 +68,20 @@ def test_one_rank_that_refuses_stops_all(tmp_path):
             assert message in answers[way][1], way
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_it_reads_leaves_the_other_as_it_was(tmp_path, victim):
+    write(tmp_path / "good", *padded(3))
+    args = (str(tmp_path / "root"), str(tmp_path / "good"), victim)
+    answers = run_ranks(2, ranks_warm.die_while_staging, *args, killed=(victim,))
+    kind, message = answers[1 - victim]
+    if victim == 1:
+        assert kind == "VoteTimeout"
+        assert "rank 1 did not answer within 4 s" in message
+    else:
+        assert kind == "SaveAborted"
+        assert "rank 0 and its store are gone" in message
+
+
 @pytest.mark.s3
 def test_each_rank_reads_its_own_rows_of_an_object(tmp_path, s3):
     rows, columns = 512 * 1024, 1024  # 6 MiB of B, 12 KiB of A

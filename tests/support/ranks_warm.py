@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ckpt
+import ckpt.restore
 import ckpt.takeover
 from ckpt import CheckpointManager, CkptError, TrainState
 from ckpt.storage import open_storage
@@ -71,6 +75,36 @@ def refuse(rank: int, world: int, directory: str, root: str) -> dict[str, list[s
         manager.warm_start(TrainState(model, export=EXPORT), Path(directory, "good"))
     dist.barrier()
     return found
+
+
+def die_while_staging(rank: int, world: int, root: str, url: str, victim: int) -> list[str]:
+    """One rank is killed while it reads; what the other hears, how soon, and that nothing moved.
+
+    With the first rank goes the ranks' store, so the other hears at once; else rank 0 gives up.
+    """
+    model = build("fsdp", world)
+    state = TrainState(model, export=EXPORT)
+    manager = CheckpointManager(root, vote_timeout=1)
+    manager.save(0, state).wait(20)
+    before = [p.to_local().clone() for p in (model.a, model.b)]
+    dist.barrier()
+    if rank == victim:
+
+        def die(*_args: object, **_more: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        ckpt.restore.fetch = ckpt.takeover.adapter_values = die  # type: ignore[assignment]
+    began = time.monotonic()
+    try:
+        if victim == 1:
+            manager.restore(state, parts={"model"})
+        else:
+            manager.warm_start(state, url)
+    except CkptError as error:
+        assert time.monotonic() - began < 15
+        assert all(map(torch.equal, before, (model.a.to_local(), model.b.to_local())))
+        return [type(error).__name__, str(error)]
+    return []
 
 
 def received(rank: int, world: int, url: str, rows: int, columns: int) -> int:
