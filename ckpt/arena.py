@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -36,8 +37,8 @@ class Slot:
         self._memory = torch.empty(layout.size, dtype=torch.uint8, pin_memory=pinned)
         # Touch every page now: the first save should not pay for the page faults.
         self._memory.zero_()
-        header = bytearray(layout.header)
-        self._memory[: len(header)].copy_(torch.frombuffer(header, dtype=torch.uint8))
+        self._header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        self.write_header()
         self._views = []
         for piece in pieces:
             start, end = layout.offsets[piece.name]
@@ -50,6 +51,10 @@ class Slot:
     def nbytes(self) -> int:
         """Size of the file in bytes."""
         return self._memory.numel()
+
+    def write_header(self) -> None:
+        """Make the slot begin as the file does; a save writes everything behind that."""
+        self._memory[: len(self._header)].copy_(self._header)
 
     def buffer(self) -> memoryview:
         """The file's bytes; they stay in memory for as long as a view of them lives."""
@@ -133,6 +138,23 @@ class Arena:
         """Whether a slot is free right now."""
         with self._condition:
             return bool(self._free)
+
+    @contextmanager
+    def lent(self) -> Iterator[list[memoryview]]:
+        """The memory of the free slots, for work that is over before the next save is copied.
+
+        Memory that has been used before costs a small part of what fresh memory does. Nothing of
+        what was put there may be used afterwards.
+        """
+        with self._condition:
+            slots = [slot for slot in self._free if slot is not None]
+            self._free = [slot for slot in self._free if slot is None]
+        try:
+            yield [slot.buffer() for slot in slots]
+        finally:
+            for slot in slots:
+                slot.write_header()
+                self.release(slot)
 
     def release(self, slot: Slot | None) -> None:
         """Give a slot back."""

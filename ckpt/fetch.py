@@ -74,6 +74,15 @@ class _Work:
     ranges: dict[str, list[_Range]] = field(default_factory=dict)
     direct: dict[str, list[_Direct]] = field(default_factory=dict)
     regions: list[_Region] = field(default_factory=list)
+    spare: list[memoryview] = field(default_factory=list)
+
+    def memory(self, size: int) -> memoryview:
+        """Memory that is aligned for every dtype: spare one, else fresh one."""
+        for index, memory in enumerate(self.spare):
+            if len(memory) >= size:
+                self.spare[index] = memory[size + -size % 64 :]
+                return memory[:size]
+        return _memory(size)
 
 
 def fetch(
@@ -85,6 +94,7 @@ def fetch(
     rank: int,
     world: int,
     present: Collection[str] | None = None,
+    spare: Sequence[memoryview] = (),
 ) -> dict[str, torch.Tensor]:
     """The pieces' values as new CPU tensors, by name (one piece of a tensor at most).
 
@@ -97,13 +107,14 @@ def fetch(
         world: number of ranks.
         present: the files that lie here, if some lie on other nodes; each rank then checks the
             headers of all of these itself.
+        spare: writable memory, aligned to 64 bytes, which values may be views of.
 
     Raises:
         DamagedError: bytes that do not verify, or a file that is too short or missing.
         StorageError: the store failed.
     """
     values = fetch_pieces(
-        storage, directory, manifest, pieces, share=(rank, world), present=present
+        storage, directory, manifest, pieces, share=(rank, world), present=present, spare=spare
     )
     return {piece.name: value for piece, value in zip(pieces, values, strict=True)}
 
@@ -116,13 +127,14 @@ def fetch_pieces(
     *,
     share: tuple[int, int] | None,
     present: Collection[str] | None = None,
+    spare: Sequence[memoryview] = (),
 ) -> list[torch.Tensor]:
     """As :func:`fetch`, in the order of the pieces; several may be of one tensor.
 
     ``share`` says which part (number, of how many) of the shards' headers is verified as well.
     """
     records = {record.name: record for record in manifest.tensors}
-    work = _Work()
+    work = _Work(spare=list(spare))
     values: dict[int, torch.Tensor] = {}
     for index, piece in enumerate(pieces):
         value = _stage(index, records[piece.name], piece, work)
@@ -239,7 +251,7 @@ def _plan_file(record: FileRecord, work: _Work, values: dict[int, torch.Tensor])
         # A stretch holds every range that it touches, for neighbours are in one stretch.
         wanted = sum(end - start for start, end in spans if low <= start < high)
         if wanted >= DENSE * (high - low):
-            memory = _memory(high - low)
+            memory = work.memory(high - low)
         for item in inside:
             dtype = TORCH_DTYPES[item.piece.dtype]
             start, end = item.start - low, item.end - low

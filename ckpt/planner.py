@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +82,16 @@ class Planner:
         """The slots that a save of this kind used last, or None if there was none."""
         cached = self._cache.get(_kind(resumable=resumable))
         return None if cached is None else cached.arena
+
+    @contextmanager
+    def spare(self) -> Iterator[list[memoryview]]:
+        """Memory of slots that no save uses, for the time of a restore; see :meth:`Arena.lent`."""
+        arena = self.arena(resumable=True)
+        if arena is None:
+            yield []
+            return
+        with arena.lent() as memory:
+            yield memory
 
     def release(self) -> None:
         """Give the arenas' memory back."""

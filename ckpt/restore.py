@@ -100,6 +100,7 @@ def restore(
     strict: bool,
     parts: Collection[str] | None = None,
     tier: Tier | None = None,
+    spare: Sequence[memoryview] = (),
 ) -> RestoreReport:
     """Bring the newest valid step (or the one asked for) into the live state.
 
@@ -116,6 +117,7 @@ def restore(
         parts: the names of the parts to restore (:class:`~ckpt.state_parts.Part`); None for all.
             The others are neither compared nor changed, and their bytes are not read.
         tier: this rank's local tier, or None on all ranks.
+        spare: memory to stage in; its content is lost, and nothing refers to it afterwards.
 
     Raises:
         ConfigError: a step or parts that cannot be, or rank 0's tier holds steps of another run.
@@ -148,7 +150,7 @@ def restore(
         found = _propose(board, here, proposed, damaged, asked=step is not None)
         if found is None:
             return RestoreReport(None, None, seen, tuple(damaged), parts=asked.parts)
-        staged = _agree(storage, tier, board, here, state, found, damaged, asked)
+        staged = _agree(storage, tier, board, here, state, found, damaged, asked, spare)
         if staged is not None:
             notes = _apply(state, staged, board, asked.parts)
             return RestoreReport(
@@ -251,12 +253,13 @@ def _agree(
     found: _Candidate,
     damaged: list[DamagedStep],
     asked: Asked,
+    spare: Sequence[memoryview],
 ) -> Staged | None:
     """Stage a step on every rank; None (on every rank) if any found it damaged."""
     staged: Staged | None = None
     own: CkptError | None = None
     try:
-        staged, digest = _stage(storage, tier, state, found, board, asked)
+        staged, digest = _stage(storage, tier, state, found, board, asked, spare)
         board.answer(f"{topic}/check", {"digest": digest})
     except DamagedError as error:
         board.answer(f"{topic}/check", {"damaged": str(error)})
@@ -302,6 +305,7 @@ def _stage(
     found: _Candidate,
     board: Board,
     asked: Asked,
+    spare: Sequence[memoryview],
 ) -> tuple[Staged, str]:
     """Read and check everything this rank needs; nothing live changes.
 
@@ -338,6 +342,7 @@ def _stage(
             rank=board.rank,
             world=board.world,
             present=present,
+            spare=spare,
         )
     except StorageError as error:
         # A disk of the node that cannot be read is no reason not to ask the root.

@@ -88,16 +88,18 @@ class Restoring(ABC):
         self._require_open()
         self.wait()
         self._restores += 1
-        report = restore(
-            self._root,
-            self._patient,
-            f"restore/{self._restores}",
-            state,
-            step=step,
-            strict=strict,
-            parts=parts,
-            tier=None if self._sources is None else self._sources.tier,
-        )
+        with self._plans.spare() as spare:
+            report = restore(
+                self._root,
+                self._patient,
+                f"restore/{self._restores}",
+                state,
+                step=step,
+                strict=strict,
+                parts=parts,
+                tier=None if self._sources is None else self._sources.tier,
+                spare=spare,
+            )
         self._report = report
         self._plans.restored(report)
         self._saves.taken.clear()

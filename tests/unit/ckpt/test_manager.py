@@ -69,6 +69,25 @@ def test_resume_is_exact(root):
         assert first + resumed.train(3) == whole
 
 
+def test_a_restore_stages_in_the_slots_and_leaves_them_fit_for_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr("ckpt.fetch._memory", lambda size: pytest.fail("fresh memory"))
+    run = Run()
+    with CheckpointManager(tmp_path) as manager:
+        want = save_all(manager, run, range(2))
+        run.step()
+        assert manager.restore(run.state) == 1
+        assert run.digest() == want[1]
+        want = save_all(manager, run, [2, 3])
+    monkeypatch.undo()
+    again = Run(seed=1)
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.restore(again.state) == 3
+        assert again.digest() == want[3]
+    for step in (tmp_path / "steps").iterdir():
+        for shard in step.glob("*.safetensors"):
+            load_file(shard)
+
+
 def test_the_snapshot_is_that_of_the_call(root, monkeypatch):
     """Whatever training does right after save() returned is not in the checkpoint."""
     run = Run()

@@ -18,7 +18,7 @@ from ckpt.checksum import file_record
 from ckpt.dtypes import TORCH_DTYPES
 from ckpt.envelope import utc_now
 from ckpt.errors import DamagedError, PlanError, SaveAborted
-from ckpt.fetch import DENSE, fetch
+from ckpt.fetch import DENSE, fetch, fetch_pieces
 from ckpt.job import TensorTable, compose_state, located
 from ckpt.manifest import StepManifest
 from ckpt.plan import (
@@ -249,6 +249,38 @@ def test_bytes_of_a_slot_stay_in_memory_while_anybody_has_a_view_of_them():
     del view
     gc.collect()
     assert memory() is None
+
+
+def test_lent_slots_come_back_as_slots():
+    """Also where the borrower fails; until then no save gets them."""
+    pieces = local_pieces({"f": torch.arange(3.0), "n": torch.tensor(5)})
+    arena = Arena(shard_layout(pieces), pieces, pinned=False)
+
+    def borrow():
+        with arena.lent() as memory:
+            assert not arena.available()
+            for view in memory:
+                view[:] = b"x" * len(view)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        borrow()
+    for slot in (arena.acquire(1), arena.acquire(1)):
+        slot.fill([torch.arange(3.0), torch.tensor(5)], None)
+        assert torch.equal(load(bytes(slot.buffer()))["f"], torch.arange(3.0))
+
+
+def test_values_are_put_into_spare_memory_as_far_as_it_goes(tmp_path):
+    value = torch.arange(1.0, 1001.0)
+    pieces = cut("model.a", value, 2, 0)
+    storage, manifest = write_step(tmp_path, {"model.a": value}, [[piece] for piece in pieces])
+    spare = [memoryview(bytearray(8)), memoryview(bytearray(manifest.files[0].size + 8))]
+    with mock.patch("ckpt.fetch._memory", side_effect=lambda n: memoryview(bytearray(n))) as made:
+        found = fetch_pieces(storage, "s", manifest, pieces, share=(0, 1), spare=spare)
+    assert made.call_count == 1  # for the other file
+    assert torch.equal(torch.cat(found), value)
+    spare[1][:] = bytes(len(spare[1]))
+    assert [bool(part.any()) for part in found] == [False, True]
 
 
 def test_slots_come_and_go_with_a_deadline():
