@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 faults bench bench-full bench-readme bench-peers \
+.PHONY: help setup demo test test-fast test-s3 engines faults bench bench-full bench-readme bench-peers \
   lint fmt constraints clean
 
 help: ## show this list
@@ -54,6 +54,16 @@ test-s3: $(STAMP) ## the S3 suite against the server that the AWS variables name
 	  && test -n "$$AWS_SECRET_ACCESS_KEY" || { echo "Set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID" \
 	  "and AWS_SECRET_ACCESS_KEY (AWS_CA_BUNDLE, CKPT_TEST_BUCKET): docs/s3.md" >&2; exit 1; }
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 's3 and not e2e' $(PYTEST_ARGS)
+
+# Real servers of vLLM and SGLang for the CPU; they take 5 GB and are installed once.
+engines: ENGINES ?= $(CURDIR)/.engines
+engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see docs/engines.md)
+	PYTHON=$(PYTHON) tests/engines/install.sh $(ENGINES)
+	$(BIN)/archon-lora make-tiny $(ENGINES)/model --hidden 128
+	ENGINES=$(ENGINES) CKPT_TEST_ENGINE_MODEL=$(ENGINES)/model \
+	  CKPT_TEST_VLLM_START=tests/engines/start-vllm.sh \
+	  CKPT_TEST_SGLANG_START=tests/engines/start-sglang.sh \
+	  $(BIN)/python -m pytest -s tests/compat/test_vllm.py tests/compat/test_sglang.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \

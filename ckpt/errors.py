@@ -23,7 +23,12 @@ standard-library parent so that callers can catch it without importing us::
     ├── CommitUnknown          (RuntimeError)       the manifest's fate could not be read back
     ├── PublishError           (RuntimeError)       the version failed; the step is not affected
     ├── HandoffTimeout         (TimeoutError)       no newer version, or no answer, in time
-    └── CacheFull              (RuntimeError)       what is in use leaves a cache no room
+    ├── CacheFull              (RuntimeError)       what is in use leaves a cache no room
+    ├── handoff.engine.EngineError (RuntimeError)   a replica did not do what it was asked
+    │   ├── EngineUnreachable                       no answer; it may have been done
+    │   └── AdapterRefused                          it will not take this adapter
+    ├── handoff.engine.ProofError  (RuntimeError)   its answers are not the version's
+    └── handoff.report.HandoverFailed (RuntimeError)  a version is not live; the old one is
 """
 
 from __future__ import annotations

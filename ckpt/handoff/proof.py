@@ -37,7 +37,7 @@ _READ_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the answers showed; all numbers in nats, the greatest over the prompt's tokens.
+    """What the answers showed; all numbers are a :func:`~ckpt.handoff.probe.distance`, in nats.
 
     Attributes:
         by: ``expected``: they are the ones that the trainer recorded; ``difference``: nothing was
@@ -171,8 +171,9 @@ def _what_it_is(probe: Probe, answer: Sequence[float], off: float, *, same: bool
         return "it serves the base model under this name"
     worst = max(range(len(answer)), key=lambda i: abs(answer[i] - probe.logprobs[i]))
     return (
-        f"it serves something else: token {worst + 1} has log-probability {answer[worst]:.4f}, "
-        f"recorded is {probe.logprobs[worst]:.4f} ({off:.3g} off, tolerance {probe.tolerance:g})"
+        f"it serves something else: its answer is {off:.3g} nats off what was recorded, tolerance "
+        f"{probe.tolerance:g} (token {worst + 1}: {answer[worst]:.4f}, not "
+        f"{probe.logprobs[worst]:.4f})"
     )
 
 

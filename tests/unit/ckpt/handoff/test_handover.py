@@ -2,95 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_engine import FakeEngine
+from support.handovers import HOLDER, World, lists, loads_of
 from support.probed_versions import PROMPT, publish_for
 
-from ckpt.errors import ConfigError, DamagedError, StorageError
+from ckpt.errors import ConfigError, StorageError
 from ckpt.handoff.drivers import open_engine
-from ckpt.handoff.engine import Engine, ProofError
 from ckpt.handoff.handover import Handover
-from ckpt.handoff.probe import Probe
-from ckpt.handoff.proof import check_directory, prove
-from ckpt.handoff.registry import Registry, Version
+from ckpt.handoff.registry import Registry
 from ckpt.handoff.report import HandoverFailed
 from ckpt.holds import Lease
-
-HOLDER = "tests"
-
-
-class World:
-    """Two replicas, a root with versions, and a cache of them."""
-
-    def __init__(self, servers: list[FakeEngine], directory: Path, run: str) -> None:
-        self.servers, self.run = servers, run
-        self.registry = Registry(directory / "root")
-        self.cache = directory / "cache"
-        self.engines: list[Engine] = [open_engine(one.address, timeout_s=5.0) for one in servers]
-        self.count = 0
-
-    def version(self, *, probe: bool = True, zero: bool = False) -> tuple[Version, Path]:
-        self.count += 1
-        version = publish_for(
-            self.registry.storage,
-            self.run,
-            self.count,
-            self.servers[0] if probe else None,
-            zero=zero,
-        )
-        return version, self.registry.fetch(version, self.cache)
-
-    def handover(self, **options: object) -> Handover:
-        options = {"holder": HOLDER, "retry_pause_s": 0.01, **options}
-        return Handover(self.engines, registry=self.registry, **options)
-
-    def close(self) -> None:
-        for engine, server in zip(self.engines, self.servers, strict=True):
-            engine.close()
-            if server.alive:
-                server.faults()
-            else:
-                server.restart()
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[list[FakeEngine]]:
-    """One of each kind: the hand-over does not care."""
-    with FakeEngine("vllm") as one, FakeEngine("sglang") as other:
-        yield [one, other]
-
-
-@pytest.fixture
-def world(servers: list[FakeEngine], tmp_path: Path) -> Iterator[World]:
-    for server in servers:  # slots are few
-        engine = open_engine(server.address)
-        for name in engine.adapters():
-            engine.unload(name)
-        engine.close()
-    made = World(servers, tmp_path, f"run{next(_numbers)}")
-    yield made
-    made.close()
-
-
-_numbers = iter(range(10_000))
-
-
-def lists(world: World) -> list[list[str]]:
-    return [sorted(engine.adapters()) for engine in world.engines]
-
-
-def loads_of(server: FakeEngine, name: str) -> int:
-    return sum(
-        item["body"].get("lora_name") == name and item["path"].endswith("/load_lora_adapter")
-        for item in server.requests()
-    )
 
 
 def test_many_versions_follow_each_other(world: World):
@@ -383,93 +309,6 @@ def test_a_name_that_stands_for_another_path_is_left_there(world: World, tmp_pat
     assert not report.live
     assert f"stands for {copy}" in str(report.replicas[0].reason)
     assert world.engines[0].adapters()[version.name] == str(copy)
-
-
-def test_without_a_probe_difference_and_digest_count(world: World):
-    handover = world.handover()
-    version, path = world.version(probe=False)
-    report = handover.make_live(version, path)
-    report.raise_if_failed()
-    assert report.replicas[0].evidence.by == "difference"
-    version, path = world.version(probe=False)
-    for server in world.servers:
-        server.faults({"at": "load", "do": "base"})
-    assert "serves the base model" in handover.make_live(version, path).explain()
-    for server in world.servers:
-        server.faults()
-    version, path = world.version(probe=False)
-    weights = path / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    report = handover.make_live(version, path)
-    assert not report.live
-    assert "SHA-256" in report.explain()
-    assert all(loads_of(server, version.name) == 0 for server in world.servers)
-
-
-def test_an_adapter_that_changes_nothing_is_proven_as_such(world: World):
-    """A fresh adapter has B = 0: its answers are the base's, and rightly so."""
-    handover = world.handover()
-    version, path = world.version(probe=False, zero=True)
-    report = handover.make_live(version, path)
-    report.raise_if_failed()
-    assert report.replicas[0].evidence.by == "no effect"
-    version, path = world.version(zero=True)
-    report = handover.make_live(version, path)
-    report.raise_if_failed()
-    assert not report.replicas[0].evidence.telling
-
-
-def test_another_base_model_is_named(world: World):
-    version, path = world.version()
-    assert version.probe is not None
-    base = tuple(value - 1.0 for value in version.probe.base_logprobs or ())
-    probe = dataclasses.replace(version.probe, base_logprobs=base)
-    report = world.handover().make_live(dataclasses.replace(version, probe=probe), path)
-    assert "another base model" in report.explain()
-
-
-def test_a_probe_that_cannot_tell_needs_a_difference(world: World):
-    """Recorded without the base's values, and the base would match: then they must differ."""
-    version, path = world.version(zero=True)
-    assert version.probe is not None
-    probe = Probe(version.probe.token_ids, version.probe.logprobs)
-    world.engines[0].load(version.name, str(path))
-    with pytest.raises(ProofError, match="base model"):
-        prove(world.engines[0], dataclasses.replace(version, probe=probe), path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "adapter_config.json").unlink(), "no such file"),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(b""), "0 bytes"),
-        (lambda path: (path / "extra.safetensors").write_bytes(b"x"), "foreign"),
-        (lambda path: (path / "old.bin").write_bytes(b"x"), "foreign"),
-    ],
-)
-def test_a_directory_that_is_not_the_version_is_not_given_to_an_engine(
-    world: World, damage: Callable[[Path], object], message: str
-):
-    version, path = world.version()
-    damage(path)
-    report = world.handover().make_live(version, path)
-    assert not report.live
-    assert message in report.explain()
-    assert report.replicas[0].stage == "files"
-    assert all(loads_of(server, version.name) == 0 for server in world.servers)
-
-
-def test_each_version_has_a_directory_of_its_own(world: World, tmp_path: Path):
-    version, path = world.version()
-    (tmp_path / "link").mkdir()
-    (tmp_path / "current").symlink_to(path)
-    check_directory(version, (tmp_path / "current").resolve(), digest=True)
-    with pytest.raises(DamagedError, match="must be called"):
-        check_directory(version, tmp_path / "current", digest=False)
-    with pytest.raises(DamagedError, match="cannot be read"):
-        check_directory(version, tmp_path / "nowhere" / version.name, digest=False)
 
 
 def test_a_store_that_cannot_say_who_uses_a_version_keeps_it(world: World):

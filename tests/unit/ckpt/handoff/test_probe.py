@@ -20,8 +20,8 @@ def test_comes_back_from_json():
         assert Probe.from_dict(record) == probe
 
 
-def test_effect_is_the_greatest_difference_from_the_base():
-    assert PROBE.effect == 0.5
+def test_effect_is_the_distance_from_the_base():
+    assert PROBE.effect == pytest.approx((0.5**2 / 2 + 0.25**2 / 2) ** 0.5)
     assert Probe((0, 1), (-1.0,)).effect is None
 
 
@@ -75,7 +75,9 @@ def test_constructor_refuses_what_the_reader_refuses():
 
 
 def test_distance():
-    assert distance([-1.0, -2.0], [-1.5, -2.0]) == 0.5
+    assert distance([-1.0, -2.0], [-1.5, -2.0]) == pytest.approx(0.5 / 2**0.5)
+    assert distance([-1.0, -2.0], [-1.3, -2.3]) == pytest.approx(0.3)
+    assert distance([], []) == 0.0
     assert math.isnan(distance([-1.0, math.nan], [-1.0, -2.0]))
     with pytest.raises(ConfigError, match="cannot be of one prompt"):
         distance([-1.0], [-1.0, -2.0])
