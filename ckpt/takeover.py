@@ -22,6 +22,7 @@ from .adapter_values import adapter_values
 from .arena import local_tensor
 from .asked import compare, refuse
 from .errors import CkptError, ConfigError, PlanError
+from .peft import CONFIG_NAME, WEIGHTS_NAME
 from .rendezvous import join
 from .storage import Storage, open_storage
 from .train_state import TrainState, export_of
@@ -146,6 +147,8 @@ def take_over(board: Board, topic: str, state: TrainState, source: Source) -> Wa
     except CkptError as error:
         refuse(board, topic, error)
         raise
+    # Before the ranks meet and again after the reading: a replacement in between shows on one side.
+    stamp = _stamp(storage)
     wanted = {"url": storage.url, "rescale": source.rescale, "any_base": source.any_base}
     board.answer(f"{topic}/asked", wanted)
     if board.rank == 0:
@@ -160,6 +163,9 @@ def take_over(board: Board, topic: str, state: TrainState, source: Source) -> Wa
             raise verdict.failure.rebuild(keep=True)
     try:
         taken, targets, values = _stage(board, storage, state, source)
+        if _stamp(storage) != stamp:
+            msg = f"the adapter in {storage.url} was replaced while it was read; begin again"
+            raise PlanError(msg)
         board.answer(f"{topic}/check", taken.digest)
     except CkptError as error:
         board.fail(f"{topic}/check", error)
@@ -174,6 +180,19 @@ def take_over(board: Board, topic: str, state: TrainState, source: Source) -> Wa
     for note in taken.notes:
         logger.warning("warm start from %s: %s", taken.url, note)
     return taken
+
+
+def _stamp(storage: Storage) -> list[tuple[int, int, int] | None]:
+    """What tells two files of one name apart on a file system, since a bare one has no checksum."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        path = storage.local_path(name)
+        if path is None or not path.exists():
+            found.append(None)
+            continue
+        known = path.stat()
+        found.append((known.st_ino, known.st_mtime_ns, known.st_size))
+    return found
 
 
 def _settle(board: Board, topic: str, own: CkptError | None) -> None:

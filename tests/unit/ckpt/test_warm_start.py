@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_run import EXPORT, Run, Tiny
 
 import ckpt
+import ckpt.takeover
 from ckpt import (
     AdapterExport,
     BaseIdentity,
@@ -20,6 +21,7 @@ from ckpt import (
     DamagedError,
     NonFiniteError,
     ObjectNotFound,
+    PlanError,
     StateError,
     TensorRule,
     TrainState,
@@ -308,6 +310,24 @@ def test_a_damaged_bare_directory_is_refused(tmp_path, change):
     )
     with pytest.raises(DamagedError, match=path.name):
         ckpt.warm_start(state_of(Tiny()), tmp_path / "x")
+
+
+def test_a_directory_that_is_replaced_meanwhile_is_not_mixed(tmp_path, monkeypatch):
+    """The same shapes, so that header and configuration say nothing."""
+    write(tmp_path / "x", tensors(seed=1))
+    write(tmp_path / "y", tensors(seed=2))
+    read = ckpt.takeover.adapter_values
+
+    def replaced(*args, **more):
+        (tmp_path / "y" / WEIGHTS).replace(tmp_path / "x" / WEIGHTS)
+        return read(*args, **more)
+
+    model = Tiny(seed=8)
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(ckpt.takeover, "adapter_values", replaced)
+    with pytest.raises(PlanError, match="was replaced while it was read"):
+        ckpt.warm_start(state_of(model), tmp_path / "x")
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_keys_may_be_renamed(tmp_path):

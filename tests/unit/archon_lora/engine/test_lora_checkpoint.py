@@ -180,6 +180,11 @@ def test_values_that_are_not_finite_are_refused(engine_of, tmp_path: Path, what:
     assert _same(_adapter(engine), before)
 
 
+def test_a_url_is_not_taken_for_a_path(engine_of) -> None:
+    with pytest.raises(AdapterNotFound, match=r"s3://bucket/x is a URL; warm_start\(engine, url\)"):
+        load_lora_adapter(engine_of(), "s3://bucket/x")
+
+
 @pytest.mark.parametrize("left", [None, "adapter_config.json", "adapter_model.safetensors"])
 def test_what_is_missing_is_named_with_its_full_path(
     engine_of, tmp_path: Path, left: str | None, monkeypatch: pytest.MonkeyPatch
