@@ -119,6 +119,19 @@ def test_the_function_is_kept_whatever_form_the_adapter_has(tmp_path):
     assert torch.equal(model.a, half[A].float())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float8_e5m2"])
+def test_the_live_dtype_is_the_live_ones(tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    given = {key: value.to(kind).float() for key, value in tensors().items()}
+    write(tmp_path / "x", given)
+    model = Tiny()
+    model.a = torch.nn.Parameter(model.a.detach().to(kind))
+    model.b = torch.nn.Parameter(model.b.detach().to(kind))
+    ckpt.warm_start(state_of(model), tmp_path / "x")
+    assert torch.equal(model.a.float(), given[A])
+    assert torch.equal(model.b.float(), given[B] / 2)
+
+
 def test_a_scaling_that_cannot_be_undone_exactly_costs_one_rounding(tmp_path):
     given = tensors()
     write(tmp_path / "x", given, lora_alpha=7.3)
