@@ -303,7 +303,8 @@ def default_holder(host: str, run: str) -> str:
     """A holder's name that a restart on the same host finds again.
 
     Raises:
-        ConfigError: the host's name leaves nothing that a holder may be called.
+        ConfigError: no such run's name.
     """
+    check_run_name(run)
     safe = "".join(char if char.isascii() and char.isalnum() else "-" for char in host).strip("-")
     return check_name("lease holder", f"sync-{safe[:50]}-{run}"[:100])
