@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from ckpt.errors import ConfigError, StorageError
+from ckpt.errors import CkptError, ConfigError, StorageError
 from ckpt.holds import MAX_TTL_S, Lease
 from ckpt.layout import check_name, check_run_name, parse_version_name
 
@@ -28,7 +28,7 @@ from .cache import VersionCache
 from .engine import Engine, EngineError
 from .handover import DEFAULT_SLOTS, Handover
 from .lease_keeper import LeaseKeeper
-from .registry import LOCAL_POLL_S, REMOTE_POLL_S, Registry
+from .registry import LOCAL_POLL_S, REMOTE_POLL_S, Registry, Version
 from .report import HandoverReport
 from .sync_status import SyncStatus
 from .sync_watch import Offer, Watcher
@@ -125,6 +125,7 @@ class Sidecar:
     ) -> None:
         self.status = SyncStatus(config.run, config.holder, [engine.url for engine in engines])
         self._config, self._engines, self._cache = config, tuple(engines), cache
+        self._registry = registry
         local = registry.storage.has_rename
         self._wake = threading.Event()
         self._setbacks = Setbacks(FIRST_REST_S, LONGEST_REST_S)
@@ -189,7 +190,7 @@ class Sidecar:
         if offer is not None and newer and time.monotonic() >= self._not_before:
             self._protect(offer)
             self._hand_over(offer)
-        else:
+        elif current is not None and self._whole(current):
             self._note(self._handover.restore_missing())
         self._tidy()
         self._protect(offer)
@@ -248,11 +249,29 @@ class Sidecar:
         self.status.passed_over("rejected", self._setbacks.reasons())
         self._not_before = 0.0  # the one that is offered in its place need not wait
 
+    def _whole(self, current: Version) -> bool:
+        """Whether the live version may be loaded again, where an engine has lost it.
+
+        Its copy was verified when it went live, which may be long ago.
+        """
+        if all(current.name in names for names in self._listed.values()):
+            return True
+        self._cache.doubt(current.name)
+        try:
+            self._cache.get(self._registry, current)
+        except CkptError as error:
+            self.status.count("hand_failures")
+            log.warning("%s cannot be loaded again for now: %s", current.name, error)
+            return False
+        return True
+
     def _note(self, report: HandoverReport | None) -> None:
         """Tell the status what a hand-over did on each replica."""
         for item in () if report is None else report.replicas:
             problem = None if item.state == "proven" else item.reason or item.state
             self.status.replica(item.url, problem=problem)
+            if problem is None and report is not None:
+                self._listed[item.url] = self._listed.get(item.url, frozenset()) | {report.version}
             if item.load_ms:
                 self.status.timed("load", item.load_ms / 1e3)
             if item.proof_ms is not None:
@@ -286,7 +305,8 @@ class Sidecar:
         current, serving = self._handover.current, self._handover.serving
         for engine in self._engines:
             name = None if current is None or engine.url not in serving else current.name
-            self.status.replica(engine.url, live=name)
+            listed = self._listed.get(engine.url, frozenset())
+            self.status.replica(engine.url, live=name if name in listed else None)
         entries = self._cache.entries()
         size = sum(entry.bytes for entry in entries)
         self.status.sizes(len(entries), size, self._leases.ages(), self._cache.evicted)

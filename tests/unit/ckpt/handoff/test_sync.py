@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import threading
@@ -226,9 +227,7 @@ def test_a_cached_copy_that_rotted_is_not_served_while_the_store_is_down(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.turn()
-    file = site.directory / name(1) / WEIGHTS_NAME
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    rot(site.directory / name(1) / WEIGHTS_NAME)
     site.begin()
     site.engines[0].restart()
     with monkeypatch.context() as patch:
@@ -259,21 +258,62 @@ def test_what_engines_list_is_never_deleted_and_the_cache_stays_bounded(site: Si
     assert "ckpt_sync_cache_evictions_total 5" in site.sidecar.status.metrics()
 
 
-def test_nothing_is_deleted_while_one_engine_has_not_been_seen(tmp_path: Path) -> None:
+def test_nothing_is_deleted_while_one_engine_has_not_been_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "FIRST_REST_S", 0.0)
     engines = [MemoryEngine(f"http://127.0.0.1:{port}") for port in (1, 2)]
     site = Site(tmp_path / "root", tmp_path / "cache", engines, {"max_versions": 2})
-    for seed in range(2):
-        site.publish(seed)
-    site.begin()
+    site.publish()
+    site.begin(linger_s=3600.0)
     site.turn()
+    site.publish(1)
+    site.turn()
+    engines[0].unload(name(1))  # the other one still has it
     site.publish(2)
-    site.turn()
-    site.publish(3)
     site.begin()
-    engines[1].away = True  # who knows what it may still read
+    engines[1].away = True
+    for _ in range(3):
+        site.turn()
+        assert site.cached() == [name(1), name(2)]
+    assert "their use unknown" in site.problems[name(3)]
+    engines[1].away = False
+    engines[1].loaded.pop(name(1))
+    for _ in range(3):
+        site.turn()
+    assert site.live == name(3)
+
+
+def test_a_copy_that_rots_before_it_is_handed_over_is_copied_again(site: Site) -> None:
+    site.watcher.look()
+    rot(site.directory / name(1) / WEIGHTS_NAME)
+    site.sidecar.step()
+    assert not site.ready
+    assert site.engines[0].loads == []
     site.turn()
-    assert site.cached() == [name(2), name(3)]
-    assert "their use unknown" in site.problems[name(4)]
+    assert (site.ready, site.live) == (True, name(1))
+
+
+def test_a_copy_that_rotted_while_it_was_live_is_not_loaded_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.turn()
+    rot(site.directory / name(1) / WEIGHTS_NAME)
+    site.engines[0].restart()
+    with monkeypatch.context() as patch:
+        break_store(patch)
+        site.turn()
+        assert not site.ready
+        assert site.engines[0].loads == [name(1)]
+    site.turn()
+    assert site.ready
+    data = (site.directory / name(1) / WEIGHTS_NAME).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == site.registry.get(1).adapter_sha256
+
+
+def rot(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def test_a_full_cache_is_said_and_not_the_end(site: Site) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import fake_vllm
 from support.published import damage, publish_one
@@ -338,13 +338,15 @@ NASTY = st.one_of(
     st.builds(
         lambda a, b, c: a + b + c,
         st.sampled_from(["", "../", "/", "./", "~/", "run7/", "C:\\", "\\\\host\\", "%2e%2e/"]),
-        st.sampled_from([NAME, "run7-v00000002", "latest", "root", "cache"]),
+        st.sampled_from([NAME, "run7-v00000002", "run70-v00000001", "latest", "root", "cache"]),
         st.sampled_from(["", "/..", "/.", "\0", "\n", " ", "/" + CONFIG_NAME, "\u202e", "é"]),
     ),
     st.binary(max_size=60).map(lambda data: data.decode("utf-8", "surrogateescape")),
 )
 
 
+@example(name=NAME)
+@example(name="run70-v00000001")
 @given(name=NASTY)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_nothing_from_a_request_leads_to_a_path(
@@ -372,6 +374,8 @@ def test_nothing_from_a_request_leads_to_a_path(
     assert {item for item in left if not item.startswith("root")} <= mine
 
 
+@example(name=NAME)
+@example(name="run70-v00000001")
 @given(name=st.one_of(NASTY, st.integers(), st.none(), st.binary()))
 @settings(max_examples=400, deadline=None)
 def test_only_the_exact_form_is_parsed(name: object) -> None:
