@@ -63,7 +63,9 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 	ENGINES=$(ENGINES) CKPT_TEST_ENGINE_MODEL=$(ENGINES)/model \
 	  CKPT_TEST_VLLM_START=tests/engines/start-vllm.sh \
 	  CKPT_TEST_SGLANG_START=tests/engines/start-sglang.sh \
-	  $(BIN)/python -m pytest -s tests/compat/test_vllm.py tests/compat/test_sglang.py $(PYTEST_ARGS)
+	  CKPT_TEST_VLLM_PYTHON=$(ENGINES)/vllm/bin/python \
+	  $(BIN)/python -m pytest -s tests/compat/test_vllm.py tests/compat/test_vllm_plugin.py \
+	  tests/compat/test_sglang.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
