@@ -291,9 +291,16 @@ def remove_unless_held(
     Raises:
         StorageError: the store failed.
     """
-    reason = held(storage, name)
-    if reason is not None:
-        return reason
+    reason = held(storage, name) or _take_away(storage, name, held)
+    if reason is None and parse_version_name(name) is not None:
+        # Leases that ran out, or came too late: the name will never be used again.
+        storage.delete_tree(f"{LEASES}/{name}")
+    return reason
+
+
+def _take_away(
+    storage: Storage, name: str, held: Callable[[Storage, str], str | None]
+) -> str | None:
     path = target_dir(name)
     if storage.has_rename:
         trash = trash_path(path)

@@ -10,6 +10,7 @@ import pytest
 from support.forked import Crew
 from support.publishers import (
     LAST_STEP,
+    fetch_under_fault,
     publish,
     publish_group,
     publish_under_fault,
@@ -97,3 +98,29 @@ def test_a_waiting_reader_sees_whole_versions_only(
     assert states.count("claimed") >= killed // 2  # most kills come before the commit
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == seen
     storage.close()
+
+
+FETCH_POINTS = [point for point in POSIX_POINTS if "put_new" not in point]
+"""A fetch creates nothing that others might create, too."""
+
+
+def test_a_fetch_that_is_killed_leaves_no_half_version(tmp_path: Path) -> None:
+    url = str(tmp_path / "root")
+    name = publish(url, "run7")
+    registry = Registry(url)
+    for point in FETCH_POINTS:
+        died = 0
+        for nth in range(1, PASSES + 1):
+            cache = tmp_path / f"{point}-{nth}"
+            fault = f"{point}:{nth}=kill"
+            with Crew(1, fetch_under_fault, url, str(cache), fault) as reader:
+                reader.join(timeout=SECONDS)
+                if not reader.died(0):
+                    reader.result(0)
+                    break
+            died += 1
+            left = {path.name: path.stat().st_ino for path in cache.iterdir()}
+            assert all(item == name or item.startswith(f".tmp-{name}-") for item in left)
+            found = registry.fetch(1, cache)
+            assert found.stat().st_ino == left.get(name, found.stat().st_ino), "it was whole"
+        assert died, f"no fetch passed {point}"

@@ -318,6 +318,23 @@ def test_a_fetched_version_is_kept_if_it_verifies(root: Root, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir() if name in path.name] == [name]
 
 
+def test_many_fetch_one_version_at_once(root: Root, tmp_path: Path) -> None:
+    name = root.publish()
+    cache = tmp_path / "cache"
+    start = threading.Barrier(4)
+
+    def fetch(_index: int) -> Path:
+        start.wait(30)
+        return root.registry().fetch(1, cache)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(fetch, range(4))) == {cache / name}
+    assert [path.name for path in cache.iterdir()] == [name]
+    inode = (cache / name).stat().st_ino
+    root.registry().fetch(1, cache)
+    assert (cache / name).stat().st_ino == inode, "what they left verifies"
+
+
 def test_a_fetch_replaces_nothing_foreign(root: Root, tmp_path: Path) -> None:
     name = root.publish()
     (tmp_path / name).mkdir()

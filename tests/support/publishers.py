@@ -72,6 +72,12 @@ def publish_under_fault(
     publish_and_die(url, run, fault, options)
 
 
+def fetch_under_fault(_rank: int, _world: int, url: str, cache: str, fault: str) -> None:
+    """Fetch version 1 in a process that kills itself at a pass of a named point."""
+    os.environ[ENVIRONMENT] = fault
+    Registry(url).fetch(1, cache)
+
+
 def watch(
     _rank: int, _world: int, url: str, run: str, cache: str, options: dict[str, Any] | None
 ) -> list[str]:

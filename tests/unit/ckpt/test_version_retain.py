@@ -13,7 +13,7 @@ from support.steps import write_writer
 from ckpt.claim import CLAIM_FORMAT, CLAIM_SCHEMA, read_claim
 from ckpt.envelope import seal
 from ckpt.errors import DamagedError
-from ckpt.holds import pin, take_lease
+from ckpt.holds import pin, release_lease, take_lease
 from ckpt.layout import MANIFEST, claim_path, tmp_version_dir, trash_path, version_dir
 from ckpt.peft import WEIGHTS_NAME
 from ckpt.retain import Keeper
@@ -99,6 +99,22 @@ def test_what_is_held_stays(storage: Storage) -> None:
         4: "among the newest 1",
     }
     assert numbers(storage) == [1, 2, 4]
+
+
+def test_a_deleted_version_takes_its_old_leases_along(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        publish_to(storage, "run7")
+    for number in (1, 2, 3):
+        take_lease(storage, name(number), "replica-1", 60)
+    release_lease(storage, name(1), "replica-1")
+    assert prune(storage, 1)[2] == (True, "in use by replica-1")
+    assert [entry.name for entry in storage.list("leases")] == [name(2), name(3)]
+    monkeypatch.setattr("ckpt.holds.CLOCK_SKEW_S", -3600.0)  # as if an hour had passed
+    prune(storage, 1)
+    assert numbers(storage) == [3]
+    assert [entry.name for entry in storage.list("leases")] == [name(3)]
 
 
 def test_a_hold_that_comes_after_the_review_counts(storage: Storage) -> None:
