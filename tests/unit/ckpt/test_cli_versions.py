@@ -14,10 +14,9 @@ from typer.testing import CliRunner, Result
 from ckpt.cli_commands import app
 from ckpt.consolidate import consolidate
 from ckpt.holds import pin, take_lease
-from ckpt.layout import MANIFEST
 from ckpt.peft import WEIGHTS_NAME
-from ckpt.storage import open_storage
-from ckpt.versions import read_version
+from ckpt.storage import Storage, open_storage
+from ckpt.versions import VersionEntry, find_version, read_version
 
 
 def ckpt(*arguments: object) -> Result:
@@ -49,12 +48,21 @@ def root(tmp_path: Path) -> Path:
 
 
 class TestVersions:
-    def test_the_newest_are_read_and_shown_with_who_holds_them(self, root: Path) -> None:
+    def test_the_newest_are_read_and_shown_with_who_holds_them(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         storage = open_storage(root)
+        read: list[str] = []
+
+        def find(storage: Storage, wanted: str) -> VersionEntry:
+            read.append(wanted)
+            return find_version(storage, wanted)
+
+        monkeypatch.setattr("ckpt.cli_versions.find_version", find)
         take_lease(storage, name(4), "replica-1", 60)
         pin(storage, name(5))
-        storage.put(f"adapters/{name(2)}/{MANIFEST}", b"never read")
         found = ckpt_json("versions", root, "--newest", 3)
+        assert read == [name(3), name(4), name(5)]
         assert found["older"] == 2
         assert [(row["name"], row["state"], row["held"]) for row in found["versions"]] == [
             (name(3), "committed", None),
