@@ -84,7 +84,10 @@ TENSOR_RULES: Final = (
         "export both factors of every module",
         {
             "peft": (_WRONG, "keeps a random A, with a warning"),
-            "vllm": (_WRONG, "answers 200 and computes something else"),
+            "vllm": (
+                _WRONG,
+                "answers 200 and computes something else, or raises (500)",
+            ),
             "sglang": (_DIES, "answers 200 and dies at the first use"),
         },
     ),

@@ -222,10 +222,15 @@ def _extras(subject: Subject) -> Iterator[Finding]:
     if bias not in (None, "none", "") or biases:
         detail = f"{biases[0]!r} is there" if biases else f"bias is {bias!r}"
         yield from _say("bias", biases or ["bias"], detail)
-    saved = config.get("modules_to_save") or []
-    names = [str(name) for name in saved] if isinstance(saved, list) else [str(saved)]
+    names = saved_modules(config)
     code = "modules-to-save-head" if set(names) <= _HEADS else "modules-to-save"
     yield from _say(code, names, f"modules_to_save has {names[0]!r}" if names else "")
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """The names in ``modules_to_save``, whatever form it has."""
+    saved = config.get("modules_to_save") or []
+    return [str(name) for name in saved] if isinstance(saved, list) else [str(saved)]
 
 
 def bias_of(key: str) -> Literal["lora", "module"] | None:
@@ -247,7 +252,8 @@ def _others(subject: Subject) -> Iterator[Finding]:
     parameters = config.get("target_parameters") or []
     detail = "target_parameters is set"
     wheres = ["target_parameters"] if _is_used(parameters) else []
-    yield from _say("target-parameters", wheres, detail)
+    # Engines do not read the field; the tensors that go with it are looked at by their keys.
+    yield from _say("target-parameters", wheres, detail, certain=False)
     unknown = sorted(set(map(str, config)) - PEFT_FIELDS)
     yield from _say("field-unknown", unknown, f"{unknown[0]!r} is there" if unknown else "")
     name = config.get("base_model_name_or_path")

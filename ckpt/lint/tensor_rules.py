@@ -10,7 +10,7 @@ from ckpt.dtypes import TORCH_DTYPES
 
 from .base import EMBEDDING_LORA, NO_EMBEDDING_LORA
 from .codes_tensors import TENSOR_RULES
-from .config_rules import bias_of
+from .config_rules import bias_of, saved_modules
 from .finding import Finding, findings
 from .group_rules import expert_findings, group_findings
 from .subject import Factor, Subject, is_rank
@@ -78,7 +78,7 @@ def _strangers(subject: Subject) -> Iterator[Finding]:
     """Tensors that are no factors and that no rule on the configuration has named already."""
     whole = [key for key in subject.others if _SAVED.fullmatch(key)]
     yield from _say("saved-embedding", whole, f"{whole[0]!r} is there" if whole else "")
-    saved = subject.config.get("modules_to_save") or ()
+    saved = saved_modules(subject.config)
     unknown = [
         key
         for key in subject.others

@@ -262,6 +262,7 @@ MORE: dict[str, Row] = {
         "target-parameters",
         vllm=REFUSED,
         sglang=REFUSED,
+        doubtful=True,
     ),
     "no-base-name": row(
         lambda: changed(base_model_name_or_path=""), "base-name-missing", peft=TAKEN, vllm=TAKEN
