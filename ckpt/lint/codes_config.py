@@ -89,6 +89,18 @@ CONFIG_RULES: Final = (
         },
     ),
     Rule(
+        "target-modules-empty",
+        "target_modules is empty",
+        "set target_modules to the sorted list of the adapted modules' last names",
+        {"peft": (_REFUSED, "ValueError: no target modules")},
+    ),
+    Rule(
+        "target-modules-sglang",
+        "target_modules names a module that SGLang does not know",
+        "use the names of the HuggingFace model (q_proj, …, down_proj)",
+        {"sglang": (_REFUSED, "no --lora-target-modules can have it (400)")},
+    ),
+    Rule(
         "target-modules-regex",
         "target_modules is a regular expression",
         "write the sorted list of the adapted modules' last names",
@@ -163,7 +175,7 @@ CONFIG_RULES: Final = (
         "train with bias='none'",
         {
             "vllm": (_REFUSED, "raises: bias must be none"),
-            "sglang": (_WRONG, "leaves the biases out"),
+            "sglang": (_WRONG, "leaves biases out; answers 400 to those of q/k/v and gate/up"),
         },
     ),
     Rule(

@@ -47,7 +47,7 @@ TENSOR_RULES: Final = (
         {
             "peft": (_TAKEN, "keeps the one without an adapter's name"),
             "vllm": (_REFUSED, "'unsupported LoRA weight' (500)"),
-            "sglang": (_WRONG, "keeps one of them"),
+            "sglang": (_WRONG, "keeps one of them, or answers 400"),
         },
     ),
     Rule(
@@ -75,7 +75,7 @@ TENSOR_RULES: Final = (
         "adapt the layers' linear modules only",
         {
             "vllm": (_REFUSED, "takes them for some models only (llama, qwen3, mixtral)"),
-            "sglang": (_TAKEN, "only where its --lora-target-modules names them"),
+            "sglang": (_TAKEN, "if its --lora-target-modules names them; else it answers 400"),
         },
     ),
     Rule(

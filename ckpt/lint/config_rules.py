@@ -62,6 +62,17 @@ PEFT_FIELDS: Final = frozenset(
 """Fields of PEFT's LoRA configuration, release 0.21."""
 
 _WHOLE_MODEL: Final = ("all", "all-linear")
+SGLANG_MODULES: Final = frozenset(
+    {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+        *("wq_b", "wk", "weights_proj", "qkvr", "wo_ud", "embed_tokens", "lm_head"),
+        *("embeddings", "output", "unembed_tokens", "vocab_emb", "word_embeddings"),
+    }
+)
+"""What SGLang 0.5.23 takes for ``--lora-target-modules``, and its other names for the last two."""
+
 _PEFT_DEFAULT: Final = (".q_proj", ".v_proj")
 _HEADS: Final = frozenset({"classifier", "score"})
 _VLLM_INITS: Final = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -137,9 +148,13 @@ def _targets(subject: Subject) -> Iterator[Finding]:
         if subject.config.get("layers_to_transform") is not None:
             detail = f"layers_to_transform is set and {field} is {targets!r}"
             yield from _say("layers-to-transform", ["layers_to_transform"], detail)
-    elif (
-        not isinstance(targets, list) or not targets or not all(isinstance(x, str) for x in targets)
-    ):
+    elif targets in ([], ""):
+        yield from _say("target-modules-empty", [field], f"{field} is {targets!r}")
+    elif isinstance(targets, list) and all(isinstance(name, str) for name in targets):
+        strange = [name for name in targets if name.rpartition(".")[2] not in SGLANG_MODULES]
+        detail = f"{field} has {strange[0]!r}" if strange else ""
+        yield from _say("target-modules-sglang", strange, detail)
+    else:
         yield from _say("target-modules-invalid", [field], f"{field} is {targets!r}")
 
 

@@ -90,12 +90,12 @@ def factors(made: Adapter, module: str, into: int, out: int, rank: int = RANK) -
     made.deltas[module] = torch.full((out, into), 8 / RANK * rank * 0.01)
 
 
-def modules(*names: str, targets: list[str] | None = None, rank: int = RANK) -> Adapter:
+def modules(*names: str, rank: int = RANK) -> Adapter:
     """An adapter on modules of any name, of inner size 8."""
     made = adapter(())
     for name in names:
         factors(made, name, 8, 8, rank)
-    made.config["target_modules"] = targets or sorted({n.rpartition(".")[2] for n in names})
+    made.config["target_modules"] = sorted({n.rpartition(".")[2] for n in names})
     return made
 
 
@@ -195,9 +195,11 @@ MORE: dict[str, Row] = {
     ),
     "alpha-is-no-number": row(lambda: changed(lora_alpha="x"), "alpha-invalid", **EVERYWHERE),
     "alpha-is-nan": row(lambda: changed(lora_alpha=float("nan")), "alpha-not-finite", **ALL_WRONG),
-    "targets-empty": row(
-        lambda: changed(target_modules=[]),
+    "targets-empty": row(lambda: changed(target_modules=[]), "target-modules-empty", peft=REFUSED),
+    "targets-of-numbers": row(
+        lambda: changed(target_modules=[1]),
         "target-modules-invalid",
+        "target-modules-none",
         peft=REFUSED,
         sglang=REFUSED,
     ),
@@ -214,7 +216,9 @@ MORE: dict[str, Row] = {
         lambda: changed(target_modules=["query_key_value"]),
         "target-modules-none",
         "target-modules-unused",
+        "target-modules-sglang",
         peft=REFUSED,
+        sglang=REFUSED,
     ),
     "targets-leave-some-out": row(
         lambda: changed(target_modules=["q_proj", "k_proj", "v_proj"]),
@@ -328,14 +332,16 @@ MORE: dict[str, Row] = {
     "no-such-module": row(
         lambda: modules("model.layers.0.attention.wq"),
         "module-absent",
+        "target-modules-sglang",
         **{**EVERYWHERE, "peft": WRONG},
     ),
     "other-sizes": row(
         lambda: wrong_base_size(), "base-shape", peft=REFUSED, vllm=WRONG, sglang=DIES
     ),
     "fused-experts": row(
-        lambda: modules("model.layers.0.mlp.experts.base_layer", targets=["base_layer"]),
+        lambda: _fused_experts(),
         "moe-fused-experts",
+        "target-parameters",
         vllm=REFUSED,
         sglang=REFUSED,
         doubtful=True,
@@ -365,6 +371,13 @@ MORE: dict[str, Row] = {
 def _more_targets() -> Adapter:
     made = adapter(QV)
     made.config["target_modules"] = ["k_proj", "q_proj", "v_proj"]
+    return made
+
+
+def _fused_experts() -> Adapter:
+    made = adapter(QKV)
+    factors(made, "model.layers.0.mlp.experts.base_layer", 8, 8)
+    made.config["target_parameters"] = ["mlp.experts.gate_up_proj"]
     return made
 
 

@@ -106,7 +106,8 @@ def test_what_cannot_be_linted(tmp_path, base):
     root = lint(tmp_path / "root")
     assert root.exit_code == 2
     assert "is the root of a run; name a version in it" in root.stderr
-    assert lint(tmp_path / "root" / "adapters" / "run7-v00000001").exit_code == 0
+    version = tmp_path / "root" / "adapters" / "run7-v00000001"
+    assert lint(version, "--for", "peft", "--for", "vllm").exit_code == 0
     assert lint(tmp_path / "gone").exit_code == 3
     (tmp_path / "empty").mkdir()
     assert lint(tmp_path / "empty").exit_code == 3
