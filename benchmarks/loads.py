@@ -31,11 +31,22 @@ class _Reader:
         raise NotImplementedError
 
     def measure(self, number: int) -> Sample:
-        """``total`` in milliseconds."""
+        """``total`` and ``cpu`` (of all threads) in milliseconds."""
         del number
+        self.prepare()
+        used = time.process_time()
         began = time.perf_counter()
         self.load()
-        return {"total": 1e3 * (time.perf_counter() - began)}
+        total = time.perf_counter() - began
+        used = time.process_time() - used
+        self.tidy()
+        return {"total": 1e3 * total, "cpu": 1e3 * used}
+
+    def prepare(self) -> None:
+        """What comes before; not timed."""
+
+    def tidy(self) -> None:
+        """What comes after; not timed."""
 
 
 class Restore(_Reader):
@@ -49,6 +60,28 @@ class Restore(_Reader):
     def load(self) -> None:
         """Restore the newest step."""
         self._manager.restore(self._state)
+
+
+class RestoreFresh(_Reader):
+    """The same by a manager that has not saved yet, as after a restart: it has no arena."""
+
+    name = "ckpt CheckpointManager.restore, verified, new manager"
+
+    def __init__(self, root: Path, state: TrainState) -> None:
+        self._root, self._state = root, state
+        self._manager: CheckpointManager
+
+    def prepare(self) -> None:
+        """A new manager."""
+        self._manager = CheckpointManager(str(self._root))
+
+    def load(self) -> None:
+        """Restore the newest step."""
+        self._manager.restore(self._state)
+
+    def tidy(self) -> None:
+        """Close it."""
+        self._manager.close()
 
 
 class HuggingFace(_Reader):
@@ -104,6 +137,7 @@ def loads(settings: Settings) -> dict[str, Any]:
         (step,) = (root / "steps").glob("step-*")
         trials = [
             Restore(manager, state),
+            RestoreFresh(root, state),
             HuggingFace(step, tensors),
             FileSystem(settings.folder / "dcp", tensors),
             TorchLoad(settings.folder / "torch.pt", tensors),

@@ -121,8 +121,8 @@ def _section(name: str, section: Any) -> str:
     lines = [
         f"{section['bytes_per_rank'] / 1e6:.1f} MB in {section['tensors']} tensors a rank.",
         "",
-        f"| | stall ms | / memcpy | complete after ms | / {floor} |",
-        "|---|---:|---:|---:|---:|",
+        f"| | stall ms | / memcpy | complete after ms | / {floor} | CPU ms |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for saver in rounds:
         stall = Spread.of(values_of(rounds, saver, "stall"))
@@ -130,19 +130,25 @@ def _section(name: str, section: Any) -> str:
         over_copy = ratio(rounds, (saver, "stall"), (Memcpy.name, "stall"))
         over_floor = ratio(rounds, (saver, "total"), (floor, "total"))
         whole = f"{_spread(total)} | {over_floor.middle:.2f}" if saver != Memcpy.name else " | "
-        lines.append(f"| {saver} | {_spread(stall)} | {over_copy.middle:.2f} | {whole} |")
+        cpu = Spread.of(values_of(rounds, saver, "cpu")).middle
+        lines.append(
+            f"| {saver} | {_spread(stall)} | {over_copy.middle:.2f} | {whole} | {cpu:.0f} |"
+        )
     return "\n".join(lines)
 
 
 def _plain_table(
     rounds: Any, key: str, floor: str, unit: str, quotient: str, *, requests: bool = False
 ) -> str:
-    more = " requests |" if requests else ""
-    lines = [f"| | {unit} | {quotient} |{more}", f"|---|---:|---:|{'---:|' if requests else ''}"]
+    cpu = all("cpu" in sample for samples in rounds.values() for sample in samples)
+    heads = [unit, quotient, *(["CPU ms"] if cpu else []), *(["requests"] if requests else [])]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for name in rounds:
         spread = Spread.of(values_of(rounds, name, key))
         over = ratio(rounds, (name, key), (floor, key)).middle
         line = f"| {name} | {_spread(spread)} | {over:.2f} |"
+        if cpu:
+            line += f" {Spread.of(values_of(rounds, name, 'cpu')).middle:.0f} |"
         if requests:
             line += f" {Spread.of(values_of(rounds, name, 'requests')).middle:.0f} |"
         lines.append(line)

@@ -33,14 +33,21 @@ def saves(*, stall: list[float], plan_collectives: int = 0) -> dict[str, object]
         "skipped": {"a peer": "ModuleNotFoundError: no such module"},
         "plan": {"ms": [0.5] * count, "collectives": plan_collectives},
         "rounds": {
-            Memcpy.name: samples(stall=[10.0] * count, total=[10.0] * count),
-            OURS: samples(stall=stall, total=[100.0] * count),
+            Memcpy.name: samples(stall=[10.0] * count, total=[10.0] * count, cpu=[50.0] * count),
+            OURS: samples(stall=stall, total=[100.0] * count, cpu=[50.0] * count),
             DcpSave.name: samples(
-                stall=[900.0] * count, total=[900.0] * count, plan=[70.0] * count
+                stall=[900.0] * count,
+                total=[900.0] * count,
+                plan=[70.0] * count,
+                cpu=[50.0] * count,
             ),
-            DcpAsync.name: samples(stall=[30.0] * count, total=[400.0] * count),
-            TorchSave.name: samples(stall=[200.0] * count, total=[200.0] * count),
-            RawWriteSynced.name: samples(stall=[90.0] * count, total=[90.0] * count),
+            DcpAsync.name: samples(stall=[30.0] * count, total=[400.0] * count, cpu=[50.0] * count),
+            TorchSave.name: samples(
+                stall=[200.0] * count, total=[200.0] * count, cpu=[50.0] * count
+            ),
+            RawWriteSynced.name: samples(
+                stall=[90.0] * count, total=[90.0] * count, cpu=[50.0] * count
+            ),
         },
     }
 
@@ -139,8 +146,8 @@ def test_this_readme_has_its_markers() -> None:
 def test_an_upload_with_too_many_requests_does_not_reach_its_number() -> None:
     def uploads(requests: float) -> list[Row]:
         rounds = {
-            Publish.name: samples(total=[10.0] * 3, requests=[requests] * 3),
-            PlainPut.name: samples(total=[10.0] * 3, requests=[1.0] * 3),
+            Publish.name: samples(total=[10.0] * 3, requests=[requests] * 3, cpu=[7.0] * 3),
+            PlainPut.name: samples(total=[10.0] * 3, requests=[1.0] * 3, cpu=[5.0] * 3),
         }
         return rows({"uploads": {"bytes": 1, "rounds": rounds}})
 
@@ -153,3 +160,13 @@ def test_a_row_is_reached_at_its_target_and_not_above() -> None:
     assert row.reached
     assert not Row("what", Spread(1.21, 1.1, 1.3, 5), 1.2).reached
     assert row.to_json()["reached"] is True
+
+
+def test_the_tables_say_what_a_saver_asks_of_the_processor() -> None:
+    text = as_markdown("", "tiny", [], {"saves-1": saves(stall=[12.0] * 3)})
+    line = next(line for line in text.splitlines() if line.startswith(f"| {Memcpy.name} |"))
+    assert line.split("|")[-2].strip() == "50"
+    rounds = {Publish.name: samples(total=[10.0] * 3, requests=[3.0] * 3, cpu=[7.0] * 3)}
+    rounds[PlainPut.name] = samples(total=[10.0] * 3, requests=[1.0] * 3, cpu=[5.0] * 3)
+    text = as_markdown("", "tiny", [], {"uploads": {"bytes": 1, "rounds": rounds}})
+    assert f"| {Publish.name} | 10.0 (10.0 to 10.0) | 1.00 | 7 | 3 |" in text
