@@ -207,6 +207,20 @@ def test_restarted_replicas_are_brought_back(world: World):
     assert lists(world) == [[version.name]] * 2
 
 
+def test_a_restarted_replica_is_proven_anew_whatever_is_on_its_list(world: World):
+    """Somebody else's start script put the name back, and what it serves is not the version."""
+    handover = world.handover()
+    version, path = world.version()
+    handover.make_live(version, path).raise_if_failed()
+    world.servers[0].restart()
+    world.servers[0].faults({"at": "load", "do": "base", "times": 1})
+    world.engines[0].load(version.name, str(path))
+    report = handover.restore_missing()
+    assert report is not None
+    assert "serves the base model" in report.explain()
+    assert handover.serving == (world.engines[1].url,)
+
+
 def test_killed_in_the_middle_of_a_load(world: World):
     handover = world.handover(retries=1)
     old, old_path = world.version()
