@@ -44,6 +44,7 @@ def build_engine_rollouts(
         max_staleness=config.rollout.max_staleness,
         batch_timeout=config.engine.batch_timeout_s,
         patience=config.patience_s,
+        closing=config.run.timeout_s,
     )
 
 
@@ -81,8 +82,8 @@ def build_fleet(config: TrainConfig, scorer: Scorer) -> Fleet:
             quorum=section.quorum,
         ),
         registry=registry,
-        # What is served, what is on its way, and one that was just left.
-        cache=VersionCache(cache, max_versions=section.slots + 2),
+        # What replicas hold, each perhaps others, what is on its way, and one that was just left.
+        cache=VersionCache(cache, max_versions=section.slots * len(engines) + 2),
         scorer=scorer,
         tokenizer=load_tokenizer(path),
         task=make_task(config.task, seed=config.run.seed),

@@ -139,15 +139,18 @@ class Fleet:
         """
         timeout = self.section.ready_timeout_s
 
-        def reached(engine: Generator) -> EngineError | None:
+        def listed(engine: Generator) -> set[str] | EngineError:
             try:
                 engine.ready(timeout)
+                return set(engine.adapters())
             except EngineError as error:
                 return error
-            return None
 
         with ThreadPoolExecutor(len(self.engines), "rollout-ready") as pool:
-            errors = [e for e in pool.map(reached, self.engines) if e is not None]
+            answers = list(pool.map(listed, self.engines))
+        errors = [answer for answer in answers if isinstance(answer, EngineError)]
+        # What an earlier process left in the cache may go, except where a replica may read it.
+        self.cache.use(set().union(*(a for a in answers if not isinstance(a, EngineError))))
         if len(self.engines) - len(errors) < self.section.quorum:
             raise errors[0]
         for error in errors:

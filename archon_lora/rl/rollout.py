@@ -175,15 +175,17 @@ class SampleMaker:
 class RolloutQueue:
     """Batches, or shares of them, in the making, in order, by one worker thread."""
 
-    def __init__(self, *, max_staleness: int, timeout: float) -> None:
+    def __init__(self, *, max_staleness: int, timeout: float, closing: float | None = None) -> None:
         """Start the worker.
 
         Args:
             max_staleness: steps by which a batch's policy may lag behind the trainer's.
-            timeout: seconds that :meth:`take` and :meth:`close` wait.
+            timeout: seconds that :meth:`take` waits.
+            closing: seconds that :meth:`close` waits; ``timeout`` if None.
         """
         self._max_staleness = max_staleness
         self._timeout = timeout
+        self._closing = timeout if closing is None else closing
         self._pending: dict[int, Future[Batch]] = {}
         # One worker: a policy holds one adapter at a time, and order keeps memory bounded.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
@@ -233,7 +235,7 @@ class RolloutQueue:
         """Drop what has not begun and wait, not for ever, for what has."""
         self._worker.shutdown(wait=False, cancel_futures=True)
         begun = [made for made in self._pending.values() if not made.cancelled()]
-        wait(begun, timeout=self._timeout)
+        wait(begun, timeout=self._closing)
 
 
 def merge(shares: Sequence[Batch]) -> Batch:

@@ -29,6 +29,7 @@ class EngineRollouts:
         max_staleness: int,
         batch_timeout: float,
         patience: float,
+        closing: float,
     ) -> None:
         """Take over the replicas.
 
@@ -39,12 +40,15 @@ class EngineRollouts:
             max_staleness: optimizer steps by which a batch's policy may lag.
             batch_timeout: seconds for one batch.
             patience: seconds that the other ranks wait for the first one; more than that.
+            closing: seconds that :meth:`close` waits for a batch that is under way.
         """
         self._fleet = fleet
         self._group = group
         self._every = handover_every
         self._patience = patience
-        self._queue = RolloutQueue(max_staleness=max_staleness, timeout=batch_timeout)
+        self._queue = RolloutQueue(
+            max_staleness=max_staleness, timeout=batch_timeout, closing=closing
+        )
         self._launched: set[int] = set()
         self._policy = 0
 

@@ -206,3 +206,24 @@ def test_a_warm_start_that_is_none_is_a_wrong_setting(run, tmp_path, tiny):
     assert "warm_start.url does not name an adapter to begin with: no adapter_config.json" in text
     assert 'no "such\\ one' in text
     assert not (tmp_path / 'no "such\\ one').exists()
+
+
+def test_engines_on_the_command_line_are_settings(run, tmp_path, tiny):
+    config = write_config(tmp_path, tiny)
+    status, text = run("train", config, "--rollout", "vllm", "--engine", "ftp://x")
+    assert status == 2
+    assert "an engine's address is http://host:port" in text
+    status, text = run("train", config, "--engine", "http://a:1", "--engine", "http://b:1")
+    assert status == 2
+    assert "rollout.source='local' and engine.urls=['http://a:1', 'http://b:1'] do not fit" in text
+    status, text = run("train", config, "--rollout", "openai")
+    assert status == 2
+    assert "rollout.source must be one of local, vllm, sglang, got 'openai'" in text
+
+
+def test_without_an_engine_nothing_of_one_is_imported():
+    code = (
+        "import sys, archon_lora.cli, archon_lora.rl.loop\n"
+        "assert not {'httpx', 'ckpt.handoff.replica'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -127,3 +127,44 @@ def test_every_section_has_a_default_or_a_required_key():
         "model", "checkpoint", "run", "lora", "optimizer", "task", "rollout", "engine", "grpo",
         "warm_start",
     }  # fmt: skip
+
+
+ENGINE = {"rollout": {"source": "vllm"}, "engine": {"urls": ["http://127.0.0.1:8000"]}}
+
+
+def with_engine(**changes):
+    """The smallest settings with an engine, and changes by section."""
+    merged = {**MINIMAL, **ENGINE}
+    return {s: {**merged.get(s, {}), **changes.get(s, {})} for s in merged.keys() | changes.keys()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"urls": []}}, r"rollout.source='vllm' and engine.urls=\[\] do not fit"),
+        ({"rollout": {"source": "local"}}, r"rollout.source='local' .* do not fit"),
+        ({"engine": {"urls": ["http://a:1", "http://a:1"]}}, "engine.urls must be different"),
+        ({"engine": {"handover_every": 3}}, "handover_every=3 lets samples be 2 versions old"),
+        ({"engine": {"quorum": 2}}, "engine.quorum=2, and engine.urls names 1"),
+        ({"engine": {"slots": 1}}, "engine.slots must be at least 2"),
+        ({"engine": {"tolerance": 0.0}}, "engine.tolerance must be > 0"),
+        ({"engine": {"batch_timeout_s": float("inf")}}, "engine.batch_timeout_s must be > 0"),
+        ({"checkpoint": {"when_busy": "skip"}}, "checkpoint.when_busy='skip' may leave out"),
+        ({"checkpoint": {"probe": False}}, "checkpoint.probe=false leaves no way to prove"),
+        ({"checkpoint": {"wait_mirrored_s": 5}}, "waits for checkpoint.local_tier"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(TrainConfigError, match=message):
+        parse_config(with_engine(**changes))
+
+
+@pytest.mark.parametrize(("bound", "every", "ahead"), [(0, 1, 0), (3, 1, 3), (3, 2, 2), (3, 4, 0)])
+def test_rarer_hand_overs_leave_less_to_sample_ahead(bound, every, ahead):
+    changes = {"rollout": {"max_staleness": bound}, "engine": {"handover_every": every}}
+    assert parse_config(with_engine(**changes)).ahead == ahead
+
+
+def test_who_samples_and_how_old_samples_may_be_can_change_on_a_resume():
+    local = parse_config({**MINIMAL, "rollout": {"max_staleness": 4}})
+    assert parse_config(with_engine()).resume_key() == local.resume_key()

@@ -108,7 +108,7 @@ def before_step(monkeypatch, act):
     monkeypatch.setattr(loop, "train_on", acting)
 
 
-@pytest.mark.parametrize(("staleness", "every"), [(0, 1), (1, 1), (3, 2)])
+@pytest.mark.parametrize(("staleness", "every"), [(1, 1), (3, 2)])
 def test_versions_follow_the_plan_and_a_resume_is_exact(
     start, tmp_path, replicas, staleness, every
 ):
@@ -181,6 +181,26 @@ def test_a_replica_that_dies_while_it_samples_costs_a_repetition(start, replicas
     assert [r["failed_requests"] for r in records.values()] == [0, 0, 0, 1, 0]
     assert [r["rounds"] for r in records.values()] == [1, 1, 1, 2, 1]
     assert records[3]["made_by"] == deaths
+
+
+def test_samples_around_a_restart_are_refused(start, replicas, monkeypatch):
+    """Whatever they look like: nobody knows which process gave them."""
+    generate, incarnation, lives = VllmEngine.generate, VllmEngine.incarnation, ["first"]
+
+    def restarting(self, token_ids, adapter, sampling):
+        found = generate(self, token_ids, adapter, sampling)
+        if self.url == replicas[0].url and adapter.endswith("-v00000003") and len(lives) == 1:
+            lives.append("second")
+        return found
+
+    def told(self):
+        return incarnation(self) if self.url != replicas[0].url else lives[-1]
+
+    monkeypatch.setattr(VllmEngine, "generate", restarting)
+    monkeypatch.setattr(VllmEngine, "incarnation", told)
+    records = start("run", replicas, "run.steps=4", "rollout.max_staleness=0")
+    assert [r["refused"] for r in records.values()] == [0, 0, 3, 0]
+    assert [r["rounds"] for r in records.values()] == [1, 1, 2, 1]
 
 
 def test_without_any_replica_the_run_ends_and_says_why(start, replicas, monkeypatch):

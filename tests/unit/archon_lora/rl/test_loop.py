@@ -1,5 +1,6 @@
 """The loop on one rank: staleness, exact resume, cadence, and what a resume refuses."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from archon_lora.rl.loop import run_training
 from archon_lora.rl.metrics import read_events, read_metrics
 from ckpt import CkptError
 from ckpt.catalog import list_steps
+from ckpt.handoff.registry import Registry
+from ckpt.save import SavePipeline
 from ckpt.storage import open_storage
 from ckpt.versions import list_versions
 
@@ -93,6 +96,40 @@ def test_a_warm_start_begins_where_the_adapter_was_and_a_resume_ignores_it(start
     assert again["warm_start"] == event["warm_start"]
     with pytest.raises(TrainConfigError, match=r"warm_start\.url .* rank 8, the live adapter 16"):
         start("other", "lora.rank=16", warm)
+
+
+def test_samples_that_a_resume_finds_too_old_are_made_anew_and_counted(start):
+    start("run", "run.steps=3", "rollout.max_staleness=2")
+    records = start("run", "run.steps=6", "rollout.max_staleness=1")
+    # Those for steps 3 and 4 were made by versions 1 and 2.
+    assert [r["staleness"] for r in records.values()] == [0, 1, 2, 0, 0, 1]
+    assert [r["stale"] for r in records.values()] == [0, 0, 0, 6, 6, 0]
+
+
+def test_the_last_step_is_saved_however_busy_it_is(start, tmp_path, monkeypatch):
+    """With "skip", saves are left out while two are under way; that one never is."""
+    honest = SavePipeline.run
+
+    def slow(pipeline, job):
+        time.sleep(1.0)
+        honest(pipeline, job)
+
+    monkeypatch.setattr(SavePipeline, "run", slow)
+    records = start("run", "run.steps=9", "checkpoint.when_busy=skip", "checkpoint.keep_latest=9")
+    steps = [entry.step for entry in list_steps(open_storage(tmp_path / "run"))]
+    assert steps[-1] == 8
+    assert len(steps) < 9
+    assert records[8]["published"]
+
+
+def test_a_probe_goes_with_every_version_unless_it_is_not_wanted(start, tmp_path):
+    start("run", "run.steps=2")
+    start("bare", "run.steps=2", "checkpoint.probe=false")
+    (version,) = Registry(tmp_path / "run").newer_than(None)
+    assert version.probe.dtype == "bfloat16"
+    assert version.probe.effect > 0
+    (bare,) = Registry(tmp_path / "bare").newer_than(None)
+    assert bare.probe is None
 
 
 def test_another_seed_is_another_run(start):
