@@ -137,6 +137,7 @@ def _tokens(number: int) -> Adapter:
 
 
 SAVED = save({"x": torch.ones(2)})
+OTHER_B = save({f"{Q0}.lora_B.weight": torch.full((HIDDEN, RANK), 3.0)})
 
 MORE: dict[str, Row] = {
     "no-config": row(lambda: files(adapter_config__json=None), "config-missing", **EVERYWHERE),
@@ -167,7 +168,7 @@ MORE: dict[str, Row] = {
         **{**ALL_TAKE, "peft": REFUSED},
     ),
     "another-safetensors": row(
-        lambda: files(extra__safetensors=SAVED), "foreign-safetensors", sglang=WRONG
+        lambda: files(extra__safetensors=OTHER_B), "foreign-safetensors", sglang=WRONG
     ),
     "another-bin": row(lambda: files(adapter_model__bin=_pickled()), "foreign-weights", **ALL_TAKE),
     "tokens-beyond": row(lambda: _tokens(VOCAB), "added-tokens", sglang=REFUSED),

@@ -1,6 +1,6 @@
 """Adapters that engines treat differently, each with what every engine does about it.
 
-The base is a tiny Qwen2: hidden 32, intermediate 48, 2 layers, 4 heads, 2 of keys and values.
+The base is the tiny Qwen2 of ``archon-lora make-tiny --hidden 128``, which real engines can serve.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ckpt.lint import Effect
 from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME
 
-HIDDEN, INNER, LAYERS, HEADS, GROUPS, VOCAB = 32, 48, 2, 4, 2, 32
+HIDDEN, INNER, LAYERS, HEADS, GROUPS, VOCAB = 128, 128, 2, 4, 2, 97
 RANK = 4
 BASE_CONFIG = {
     "model_type": "qwen2",
@@ -106,8 +106,8 @@ def adapter(
             name = f"model.layers.{layer}.{module}"
             have = (ranks or {}).get(module.rpartition(".")[2], rank)
             into, out = SHAPES[module]
-            a = torch.randn(have, into, generator=generator) * 0.3
-            b = torch.randn(out, have, generator=generator) * 0.3
+            a = torch.randn(have, into, generator=generator) * 0.2
+            b = torch.randn(out, have, generator=generator) * 0.2
             factor = scaling(module, have) if scaling else alpha / have
             deltas[name] = factor * (b @ a)
             tensors[f"base_model.model.{name}.lora_A.weight"] = a
