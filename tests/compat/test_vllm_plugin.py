@@ -163,3 +163,31 @@ def test_an_adapter_of_another_base_is_refused(
         found.append(served.ask(trainer.publish(str(served.root), "run7").name))
     assert found == [404, 200]
     assert "was trained over 'some base'" in served.log.read_text(errors="replace")
+
+
+def test_the_sidecar_keeps_the_same_server_at_the_newest_version(
+    served: Served, trainer, tmp_path: Path
+) -> None:
+    from support.sidecar import SidecarProcess
+
+    root = tmp_path / "root"
+    address = f"vllm+{served.url}"
+    with contextlib.closing(VllmEngine(served.url)) as engine:
+        for name in engine.adapters():
+            engine.unload(name)
+        with SidecarProcess(root, [address], tmp_path, "--linger", "0") as sidecar:
+            for seed in range(3):
+                trainer.draw(10 + seed)
+                version = trainer.publish(str(root), "run7")
+                if seed == 0:
+                    sidecar.start()
+                sidecar.until_serves(version.name)
+                answer = engine.logprobs(version.probe.token_ids, version.name)
+                assert distance(answer, version.probe.logprobs) <= version.probe.tolerance
+            sidecar.kill()
+            before = engine.adapters()
+            sidecar.start()
+            sidecar.until_serves(version.name)
+            assert engine.adapters()[version.name] == before[version.name]
+            assert sidecar.metric("load_seconds_count") == 0
+            assert sidecar.stop() == 0

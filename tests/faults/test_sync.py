@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from support.fake_engine import FakeEngine
+from support.fake_s3 import Spoil
+from support.fault_proxy import fault_proxy
 from support.published import damage, publish_one
 from support.s3_server import S3Server
 from support.sidecar import SidecarProcess, free_port, until
@@ -209,6 +211,55 @@ def test_a_second_sidecar_keeps_off_the_cache_of_the_first(
             assert "in use by another process" in second.log
         assert sidecar.serves(name(1))
         sidecar.stop()
+
+
+@pytest.mark.s3
+def test_store_errors_and_torn_uploads_never_reach_the_engine(
+    s3: S3Server, engine: FakeEngine, tmp_path: Path
+) -> None:
+    url = s3.url()
+    weights, manifest = {"key": WEIGHTS_NAME}, {"key": "MANIFEST.json"}
+    spoilt = [
+        [Spoil("GET", "drop", **manifest)],
+        [Spoil("GET", "truncate", **weights)],
+        [Spoil("GET", "reset", **weights)],
+        [Spoil("GET", "flip", **weights)],
+        [Spoil("PUT", "status", (500, "InternalError"), times=2, key="leases/")],
+        # Until the client gives up: the sidecar itself has to come back.
+        [Spoil("GET", "status", (503, "SlowDown"), times=7)],
+    ]
+    registry = Registry(url, run="run7", storage_options=s3.storage_options)
+    with fault_proxy(s3.endpoint_url) as proxy, contextlib.closing(s3.client()) as client:
+        options = ("--endpoint-url", proxy.url)
+        with SidecarProcess(url, [engine.address], tmp_path, *options) as sidecar:
+            sidecar.start()
+            good = []
+            for spoils in spoilt:
+                proxy.spoils = spoils
+                good.append(publish_one(url, seed=len(good), options=s3.storage_options))
+                sidecar.until_serves(good[-1])
+            # A publisher that dies leaves half of its files and no manifest; one whose store loses
+            # bytes leaves a manifest that they do not fit.
+            torn = int(good[-1][-8:]) + 1
+            prefix = f"{url.removeprefix(f's3://{s3.bucket}/')}/adapters"
+            client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{name(torn)}.claim.json", Body=b"x")
+            key = f"{prefix}/{name(torn)}/{WEIGHTS_NAME}"
+            client.put_object(Bucket=s3.bucket, Key=key, Body=b"half of it")
+            until(lambda: sidecar.metric("newest_version") == torn)
+            os.kill(sidecar.process.pid, signal.SIGSTOP)
+            cut = publish_one(url, seed=20, options=s3.storage_options)
+            key = f"{prefix}/{cut}/{WEIGHTS_NAME}"
+            client.put_object(Bucket=s3.bucket, Key=key, Body=b"half of it")
+            os.kill(sidecar.process.pid, signal.SIGCONT)
+            until(lambda: f"{cut} is passed over" in sidecar.log)
+            assert sidecar.serves(good[-1])
+            good.append(publish_one(url, seed=21, options=s3.storage_options))
+            sidecar.until_serves(good[-1])
+            assert sidecar.stop() == 0
+            assert loads(engine) == good
+            assert "Traceback" not in sidecar.log
+    check_loads(engine, registry)
+    registry.close()
 
 
 @contextlib.contextmanager
