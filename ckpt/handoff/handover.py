@@ -96,7 +96,8 @@ class Handover:
         self._runs: set[str] = set()
         self._listed: dict[str, frozenset[str]] = {}
         self._incarnations: dict[str, str | None] = {}
-        self._proven: frozenset[str] = frozenset()
+        # Which process of each replica has proven the live version.
+        self._proven: dict[str, str | None] = {}
 
     @property
     def current(self) -> Version | None:
@@ -143,7 +144,7 @@ class Handover:
             )
         else:
             replicas = self._bring_everywhere(version, directory)
-        proven = frozenset(item.url for item in replicas if item.state == "proven")
+        proven = self._proven_of(replicas)
         live = len(proven) >= self._required
         if live:
             self._live, self._pending, self._proven = (version, directory), None, proven
@@ -175,9 +176,10 @@ class Handover:
             lost = [engine for engine, gone in zip(self._engines, astray, strict=True) if gone]
             if not lost:
                 return None
-            self._proven -= {engine.url for engine in lost}
+            for engine in lost:
+                self._proven.pop(engine.url, None)
             replicas = list(pool.map(lambda one: self._bring(one, version, directory), lost))
-        self._proven |= {item.url for item in replicas if item.state == "proven"}
+        self._proven |= self._proven_of(replicas)
         report = HandoverReport(
             version.name,
             version.name,
@@ -233,6 +235,10 @@ class Handover:
             self._listed[engine.url] = self._listed.get(engine.url, frozenset()) | {version.name}
         return report
 
+    def _proven_of(self, replicas: Sequence[ReplicaReport]) -> dict[str, str | None]:
+        urls = [item.url for item in replicas if item.state == "proven"]
+        return {url: self._incarnations.get(url) for url in urls}
+
     def _left_alone(self, engine: Engine) -> ReplicaReport:
         reason = f"{engine.url}: not tried, for the version itself seems to be at fault"
         return ReplicaReport(engine.url, engine.kind, "untried", reason=reason)
@@ -242,7 +248,7 @@ class Handover:
         if self._live is None or engine.url not in self._proven:
             return True
         try:
-            known = self._incarnations.get(engine.url)
+            known = self._proven[engine.url]
             return self._live[0].name not in self._list(engine) or engine.incarnation() != known
         except EngineError:
             return True

@@ -213,8 +213,9 @@ def test_a_restarted_replica_is_proven_anew_whatever_is_on_its_list(world: World
     version, path = world.version()
     handover.make_live(version, path).raise_if_failed()
     world.servers[0].restart()
-    world.servers[0].faults({"at": "load", "do": "base", "times": 1})
+    world.servers[0].faults({"at": "load", "do": "base"})
     world.engines[0].load(version.name, str(path))
+    assert not handover.make_live(*world.version()).live  # learns of the restart, too
     report = handover.restore_missing()
     assert report is not None
     assert "serves the base model" in report.explain()
