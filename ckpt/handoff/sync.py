@@ -218,6 +218,7 @@ class Sidecar:
                 self._listed[engine.url] = frozenset(answer)
                 if not self.status.replicas()[engine.url].up:
                     self.status.replica(engine.url, up=True, problem=None)
+                    self._not_before = 0.0  # what failed because it was away need not wait
 
     def _hand_over(self, offer: Offer) -> None:
         report = self._handover.make_live(offer.version, offer.directory)
