@@ -128,7 +128,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-    except FileNotFoundError as error:
+    except (FileNotFoundError, RuntimeError) as error:  # the second is torch's, of its own opening
+        if path.exists():
+            raise
         raise ObjectNotFound(f"{path.absolute()} went away while it was being read") from error
     except SafetensorError as error:
         msg = f"{path.resolve()} is not a safetensors file: {error}"
