@@ -65,7 +65,8 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 	  CKPT_TEST_SGLANG_START=tests/engines/start-sglang.sh \
 	  CKPT_TEST_VLLM_PYTHON=$(ENGINES)/vllm/bin/python \
 	  $(BIN)/python -m pytest -s tests/compat/test_vllm.py tests/compat/test_vllm_plugin.py \
-	  tests/compat/test_sglang.py tests/compat/test_lint_engines.py tests/compat/test_two_engines.py $(PYTEST_ARGS)
+	  tests/compat/test_sglang.py tests/compat/test_lint_engines.py tests/compat/test_two_engines.py \
+	  tests/compat/test_rl_engines.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \

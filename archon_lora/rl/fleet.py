@@ -14,6 +14,7 @@ What fails is asked for again, of replicas that were brought back to the version
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -39,6 +40,7 @@ from ckpt.handoff.report import HandoverReport
 from ckpt.peft import read_adapter
 
 _FETCH_LEASE_S = 600.0
+_LOOK_S = 1.0
 _PAUSE_S = 0.5
 """Before a batch is tried again; doubled each time."""
 
@@ -199,9 +201,12 @@ class Fleet:
         done: dict[int, list[Generated]] = {}
         reasons: list[str] = []
         suspects: set[str] = set()
+        replicas: list[Generator] = []
         for attempt in range(self.section.attempts):
             if attempt:
                 time.sleep(_PAUSE_S * 2 ** (attempt - 1))
+                if not replicas:
+                    self._await_any(began + self.section.batch_timeout_s)
             self.tally.rounds += 1
             reasons = []
             replicas = self._serving(version, reasons)
@@ -227,6 +232,15 @@ class Fleet:
             engine.close()
         self.cache.close()
         self.registry.close()
+
+    def _await_any(self, deadline: float) -> None:
+        """Give replicas the time that a start takes; returns once one answers, or too late."""
+        until = min(deadline, time.perf_counter() + self.section.ready_timeout_s)
+        while time.perf_counter() < until:
+            for engine in self.engines:
+                with contextlib.suppress(EngineError):
+                    engine.ready(_LOOK_S)
+                    return
 
     def _asks(self, step: int, first: int) -> list[Ask]:
         size = self.rollout.group_size

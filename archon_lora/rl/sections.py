@@ -219,7 +219,8 @@ class EngineSection:
         attempts: how often a batch is tried before the run ends.
         request_timeout_s: longest time in seconds for one answer.
         batch_timeout_s: longest time in seconds for a batch, hand-over and all attempts included.
-        ready_timeout_s: how long a replica may take to start, in seconds.
+        ready_timeout_s: how long a replica may take to start, in seconds: at the beginning, and
+            before a batch is tried again that found none.
         cache: directory for the versions that replicas load, as they see it too; empty for
             ``adapters`` beside the metrics file.
         parallel: requests under way at once, per replica.

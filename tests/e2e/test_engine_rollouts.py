@@ -33,7 +33,8 @@ def job(tmp_path):
             f'metrics = "{folder}/metrics.jsonl"\n[model]\npath = "{model}"\n'
             '[rollout]\nsource = "vllm"\nprompts_per_step = 2\ngroup_size = 2\n'
             "max_new_tokens = 3\nmax_staleness = 2\n"
-            f"[engine]\nurls = {json.dumps([e.url for e in engines])}\nrequest_timeout_s = 20\n"
+            f"[engine]\nurls = {json.dumps([e.url for e in engines])}\n"
+            "request_timeout_s = 20\nready_timeout_s = 2\n"
             f'[checkpoint]\nroot = "{folder}/root"\nvote_timeout_s = 30\n'
         )
         return folder / "c.toml", folder / "metrics.jsonl"

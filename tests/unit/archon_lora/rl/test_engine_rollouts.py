@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -78,7 +79,7 @@ def start(tmp_path, tiny):
             [engine]
             urls = {json.dumps([replica.url for replica in replicas])}
             request_timeout_s = 20
-            ready_timeout_s = 5
+            ready_timeout_s = 1
             attempts = 2
             [checkpoint]
             root = "{tmp_path / name}/root"
@@ -203,6 +204,22 @@ def test_samples_around_a_restart_are_refused(start, replicas, monkeypatch):
     assert [r["rounds"] for r in records.values()] == [1, 1, 2, 1]
 
 
+def test_the_only_replica_gets_the_time_to_start_again(start, replicas, monkeypatch):
+    later = []
+
+    def act(step):
+        if step == 2:
+            replicas[0].kill()
+            later.append(threading.Timer(2.5, replicas[0].start))
+            later[0].start()
+
+    before_step(monkeypatch, act)
+    records = start("run", replicas[:1], "run.steps=5", "engine.ready_timeout_s=60")
+    later[0].join()
+    assert [r["staleness"] for r in records.values()] == [0, 1, 1, 1, 1]
+    assert max(r["rounds"] for r in records.values()) > 1
+
+
 def test_without_any_replica_the_run_ends_and_says_why(start, replicas, monkeypatch):
     def act(step):
         if step == 1:
@@ -217,7 +234,7 @@ def test_without_any_replica_the_run_ends_and_says_why(start, replicas, monkeypa
 def test_no_replica_at_the_start_is_an_error_of_its_own(start, replicas):
     replicas[0].faults(AWAY)
     with pytest.raises(EngineError, match=r"is it ready\?"):
-        start("run", replicas[:1], "run.steps=2", "engine.ready_timeout_s=0.5")
+        start("run", replicas[:1], "run.steps=2")
 
 
 def lie(monkeypatch, url):
