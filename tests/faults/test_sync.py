@@ -94,7 +94,7 @@ def test_from_publish_to_live_and_a_graceful_stop(engine: FakeEngine, tmp_path: 
 
 
 @pytest.mark.s3
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "point",
     [
