@@ -88,7 +88,7 @@ TENSOR_RULES: Final = (
                 _WRONG,
                 "answers 200 and computes something else, or raises (500)",
             ),
-            "sglang": (_DIES, "answers 200 and dies at the first use"),
+            "sglang": (_DIES, "answers 200; then computes something else, or dies"),
         },
     ),
     Rule(
@@ -108,7 +108,7 @@ TENSOR_RULES: Final = (
         {
             "peft": (_REFUSED, "a size error, unless the module is a convolution"),
             "vllm": (_REFUSED, "takes matrices only"),
-            "sglang": (_DIES, "has buffers for matrices only"),
+            "sglang": (_DIES, "answers 400 in q/k/v and gate/up; elsewhere dies at the first use"),
         },
     ),
     Rule(
@@ -211,7 +211,7 @@ TENSOR_RULES: Final = (
         {
             "peft": (_REFUSED, "a size error"),
             "vllm": (_WRONG, "copies a smaller one in part, and fails on a larger one"),
-            "sglang": (_DIES, "answers 200 and dies at the first use"),
+            "sglang": (_DIES, "answers 400 in q/k/v and gate/up; elsewhere dies at the first use"),
         },
     ),
     Rule(
