@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -69,13 +70,23 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Whatever still runs is killed (also what is stopped)."""
+        """Whatever still runs is killed (also what is stopped); a failed test shows how it went."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
             process.join()
             process.close()
+        for rank in range(self.world):
+            print(f"rank {rank}: {self._said(rank)}", file=sys.stderr)
         self._folder.cleanup()
+
+    def _said(self, rank: int) -> str:
+        """How a rank ended: its error, what it returned, or nothing if it was killed."""
+        error = Path(self._folder.name, f"error-{rank}.txt")
+        result = Path(self._folder.name, f"result-{rank}.pkl")
+        if error.exists():
+            return error.read_text()
+        return repr(pickle.loads(result.read_bytes())) if result.exists() else "no word"
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
