@@ -5,7 +5,8 @@ from __future__ import annotations
 from .base import BaseStateDictAdapter
 from .cache import KVCache
 from .loading import LoadReport, base_fingerprint, load_hf_weights, load_pretrained
-from .registry import ModelSpec, get_model_spec
+from .registry import get_model_spec, model_specs
+from .spec import ModelSpec
 
 __all__ = [
     "BaseStateDictAdapter",
@@ -16,4 +17,5 @@ __all__ = [
     "get_model_spec",
     "load_hf_weights",
     "load_pretrained",
+    "model_specs",
 ]

@@ -9,9 +9,15 @@ from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from support.parity import (
+    ALL,
+    assert_close,
+    assert_same_logits,
+    load_theirs,
+    random_peft_adapter,
+)
+from transformers import AutoTokenizer
 
 from archon_lora import LoRAConfig, apply_lora, get_adapter_state_dict
 from archon_lora.models import KVCache, base_fingerprint, load_pretrained
@@ -24,7 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-TOLERANCE = 1e-5
 VARIANTS = {
     "untied": {},
     "tied": {"tie": True},
@@ -52,36 +57,6 @@ def mask():
     mask[0, :6] = 0
     mask[1, 11:] = 0
     return mask
-
-
-def load_theirs(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-def assert_same_logits(ours, theirs, tokens, mask):
-    """A plain batch, a padded batch, and a padded batch generated token by token."""
-    with torch.no_grad():
-        assert_close(ours(tokens), theirs(tokens).logits)
-
-        whole = ours(tokens, attention_mask=mask)
-        real = mask.bool()
-        # transformers counts positions from the row's start; RoPE is relative, logits the same.
-        assert_close(whole[real], theirs(tokens, attention_mask=mask).logits[real])
-
-        cache = KVCache(tokens.shape[1])
-        parts = [ours(tokens[:, :8], attention_mask=mask[:, :8], cache=cache)]
-        parts += [
-            ours(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache)
-            for i in range(8, tokens.shape[1])
-        ]
-        stepwise = torch.cat(parts, dim=1)[real]
-        assert_close(stepwise, whole[real])
-        assert_close(stepwise, theirs(tokens, attention_mask=mask).logits[real])
-
-
-def assert_close(ours, theirs):
-    assert theirs.std() > 0.1  # logits that differ by token, so that the tolerance means something
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_logits(directory, tokens, mask):
@@ -124,23 +99,6 @@ def test_config_resaved_by_transformers_is_read_alike(directory, tmp_path):
     load_theirs(tmp_path).save_pretrained(tmp_path / "again")
     again = base_fingerprint(tmp_path / "again")["config_hash"]
     assert again == base_fingerprint(tmp_path)["config_hash"]
-
-
-def random_peft_adapter(base, *, targets, out):
-    """An adapter saved by PEFT whose A and B are both random; the wrapped model is returned."""
-    config = PeftLoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    # PEFT would write the whole head beside an adapter on it.
-    model.save_pretrained(out, save_embedding_layers=False)
-    return model
-
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def test_logits_with_an_adapter_that_peft_loaded(directory, tokens, mask, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from archon_lora import LoRAConfig, apply_lora, initialise_adapters
 from archon_lora.errors import ModelLoadError
 from archon_lora.models import get_model_spec, hf_files, load_hf_weights, load_pretrained
-from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model
+from archon_lora.models.hf_files import read_config
 
 SEED_TOKENS = 17
 
@@ -92,11 +93,12 @@ def sharded_model(
     **options: Any,
 ) -> tuple[nn.Module, Any]:
     """A model on the meta device, adapted, sharded and materialised; weights not loaded."""
-    config = Qwen2Config.from_hf(directory)
-    spec = get_model_spec("qwen2")
+    raw = read_config(Path(directory))
+    spec = get_model_spec(raw["model_type"])
+    config = spec.config_cls.from_hf(raw)
     adapter = spec.state_dict_adapter_cls(config)
     with torch.device("meta"):
-        model = Qwen2Model(config)
+        model = spec.model_cls(config)
     model.to(dtype)
     if lora:
         apply_lora(model, ADAPTER, name_map=adapter.module_to_hf)
@@ -213,3 +215,9 @@ def train_step(
             }
         )
     return results
+
+
+def train_families(rank: int, world: int, directories: list[str]) -> list[dict[str, Any]]:
+    """Logits and full adapter gradients of models of several families."""
+    cases: list[dict[str, Any]] = [{"lora": True, "activation_checkpointing": True}]
+    return [train_step(rank, world, directory, cases)[0] for directory in directories]

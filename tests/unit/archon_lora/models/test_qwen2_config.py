@@ -39,8 +39,11 @@ def test_kv_heads_default_to_query_heads():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"head_dim": 32}, "head_dim=32"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling with rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_scaling with .* 'dynamic'",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"\['factor'\]"),
         ({"rope_parameters": [1]}, "must be an object or null"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide"),

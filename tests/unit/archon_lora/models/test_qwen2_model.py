@@ -5,8 +5,8 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from archon_lora.models import KVCache
+from archon_lora.models.masks import visibility
 from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model, parallelize
-from archon_lora.models.qwen2.model import _visibility
 
 CONFIG = Qwen2Config(
     vocab_size=40,
@@ -108,7 +108,7 @@ def test_every_query_has_a_key(tokens):
     mask = torch.ones(3, 13, dtype=torch.long)
     mask[0, :6] = 0  # padding that reaches from the cached tokens into the new ones
     mask[1, 9:] = 0
-    visible = _visibility(tokens, mask, 4)
+    visible = visibility(tokens, mask, 4)
     assert visible.shape == (3, 1, 9, 13)
     assert visible.any(-1).all()
     # Real queries see the real keys up to themselves and nothing else.

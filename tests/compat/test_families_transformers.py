@@ -1,0 +1,119 @@
+"""Every family against transformers on files that transformers wrote, bare and adapted."""
+
+import json
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from support import ranks_models
+from support.engines import make_engine, moved
+from support.families import CASES, VOCAB, write_family
+from support.parity import (
+    ALL,
+    assert_close,
+    assert_same_logits,
+    load_theirs,
+    random_peft_adapter,
+)
+from support.spawn import run_ranks
+
+from archon_lora import LoRAConfig, apply_lora
+from archon_lora.engine import save_lora_adapter
+from archon_lora.models import load_pretrained
+from archon_lora.peft import load_adapter_tensors
+from ckpt.lint import BaseModel, lint_adapter
+
+pytestmark = [
+    pytest.mark.compat,
+    # PEFT 0.21 asks for a property that transformers 5 renamed.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def directory(request, tmp_path_factory):
+    return write_family(tmp_path_factory.mktemp("family"), request.param)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCAB, (3, 19), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def mask():
+    """The first row is padded on the left, the second on the right, the third not at all."""
+    mask = torch.ones(3, 19, dtype=torch.long)
+    mask[0, :6] = 0
+    mask[1, 11:] = 0
+    return mask
+
+
+def test_logits_names_and_gradients(directory, tokens, mask):
+    ours, adapter = load_pretrained(directory)
+    theirs = load_theirs(directory)
+    assert_same_logits(ours, theirs, tokens, mask)
+
+    torch.nn.functional.cross_entropy(ours(tokens).flatten(0, 1), tokens.flatten()).backward()
+    logits = theirs(tokens).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    named = dict(theirs.named_parameters())
+    weights = adapter.to_hf(ours.state_dict())
+    grads = adapter.to_hf({name: p.grad for name, p in ours.named_parameters()})
+    assert weights.keys() == grads.keys() == named.keys()
+    for name, parameter in named.items():
+        assert torch.equal(weights[name], parameter)
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_goes_from_peft_to_ours_and_back(directory, tokens, mask, tmp_path):
+    random_peft_adapter(load_theirs(directory), targets=ALL, out=tmp_path / "theirs")
+    theirs = PeftModel.from_pretrained(load_theirs(directory), tmp_path / "theirs").eval()
+    ours, adapter = load_pretrained(directory)
+    with torch.no_grad():
+        bare = ours(tokens)
+    apply_lora(ours, LoRAConfig(rank=4, alpha=12), name_map=adapter.module_to_hf)
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    load_adapter_tensors(ours, stored, {"peft_type": "LORA", "r": 4, "lora_alpha": 12})
+    with torch.no_grad():
+        assert (ours(tokens) - bare).abs().max() > 0.01  # the adapter does something
+    assert_same_logits(ours, theirs, tokens, mask)
+
+
+def test_what_the_engine_saves_is_read_by_peft_and_found_faultless(directory, tokens, tmp_path):
+    with make_engine(str(directory), lora=LoRAConfig(rank=8, alpha=16)) as engine:
+        moved(engine)
+        save_lora_adapter(engine, tmp_path / "adapter")
+        with torch.no_grad():
+            ours = engine.model.eval()(tokens)
+    bare = load_theirs(directory)
+    with torch.no_grad():
+        assert (bare(tokens).logits - ours).abs().max() > 0.01
+        theirs = PeftModel.from_pretrained(bare, tmp_path / "adapter").eval()
+        assert_close(ours, theirs(tokens).logits)
+    base = BaseModel.from_config(json.loads((directory / "config.json").read_text()))
+    assert base.linears is not None  # names and shapes are judged
+    assert lint_adapter(tmp_path / "adapter", base=base) == []
+
+
+@pytest.mark.dist
+def test_two_ranks_compute_the_same(tmp_path):
+    """Logits and adapter gradients of every case under FSDP2, recomputed in backward."""
+    directories = [str(write_family(tmp_path / case, case)) for case in CASES]
+    ranks = run_ranks(2, ranks_models.train_families, directories, timeout=240)
+    for index, directory in enumerate(directories):
+        logits, grads = ranks_models.reference(directory, lora=True)
+        for results in ranks:
+            torch.testing.assert_close(results[index]["logits"], logits, rtol=0, atol=1e-5)
+            assert results[index]["grads"].keys() == grads.keys()
+            for name, grad in grads.items():
+                assert grad.abs().max() > 0, name
+                torch.testing.assert_close(
+                    results[index]["grads"][name], grad, rtol=1e-4, atol=1e-6
+                )

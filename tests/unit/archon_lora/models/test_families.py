@@ -1,0 +1,102 @@
+"""What the families' configurations refuse, and what the registry finds."""
+
+import pytest
+import torch
+
+from archon_lora.errors import ModelLoadError
+from archon_lora.models import get_model_spec, model_specs
+from archon_lora.models.masks import visibility
+from archon_lora.models.rope import RotaryEmbedding
+from archon_lora.models.rope_config import RopeScaling
+
+BASE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def read(family, **changes):
+    return get_model_spec(family).config_cls.from_hf({"model_type": family, **BASE, **changes})
+
+
+def test_registry_finds_the_folders():
+    assert set(model_specs()) == {"llama", "qwen2"}
+    for name, spec in model_specs().items():
+        assert spec.model_type == spec.config_cls.model_type == name
+
+
+COMMON = [
+    ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+    ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+    ({"hidden_act": "relu", "hidden_activation": "relu"}, "hidden_act.*='relu' is not supported"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling with .* 'dynamic'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, r"'yarn' and \['mscale'\]"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks high_freq_factor, low_freq"),
+    ({"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor must be a number > 0, got -1.0"),
+    ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "factor must be a number > 0"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor 1.0 must be above"),
+    ({"rope_theta": True}, "rope_theta must be a number > 0, got True"),
+    ({"head_dim": 7}, "head_dim"),
+]
+OWN = [
+    ("llama", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+    ("llama", {"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
+]
+
+
+@pytest.mark.parametrize("family", sorted(model_specs()))
+@pytest.mark.parametrize(("change", "message"), COMMON)
+def test_what_no_family_computes_is_refused_by_name(family, change, message):
+    read(family)
+    with pytest.raises(ModelLoadError, match=message):
+        read(family, **change)
+
+
+@pytest.mark.parametrize(("family", "change", "message"), OWN)
+def test_what_a_family_does_not_compute_is_refused_by_name(family, change, message):
+    with pytest.raises(ModelLoadError, match=message):
+        read(family, **change)
+
+
+def test_scaling_from_both_spellings():
+    old = read("llama", rope_theta=5e5, rope_scaling=LLAMA3, max_position_embeddings=8192)
+    new = read("llama", rope_parameters=LLAMA3 | {"rope_theta": 5e5}, max_position_embeddings=8192)
+    assert old == new
+    assert old.rope_scaling == RopeScaling(
+        kind="llama3", factor=8.0, original_max_position_embeddings=8192
+    )
+    both = {"rope_parameters": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(ModelLoadError, match="ask for different scalings"):
+        read("llama", rope_scaling=LLAMA3, **both)
+
+
+def test_stretched_frequencies_survive_to_empty():
+    scaling = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
+    with torch.device("meta"):
+        rope = RotaryEmbedding(16, 1e4, scaling)
+    rope.to(torch.bfloat16).to_empty(device="cpu")
+    plain = RotaryEmbedding(16, 1e4).inv_freq
+    ratio = plain / rope.inv_freq
+    # Fast pairs stay, slow ones are stretched whole, one lies between.
+    assert ratio[0] == 1
+    torch.testing.assert_close(ratio[-1], torch.tensor(8.0))
+    assert ((ratio > 1.001) & (ratio < 7.999)).any()
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+def test_a_window_hides_what_lies_further_back(past, window):
+    tokens = torch.zeros(1, 6, dtype=torch.long)
+    mask = visibility(tokens, None, past, window)
+    if mask is None:
+        assert (past, window) == (0, 100)
+        return
+    for query in range(6):
+        seen = mask[0, 0, query].nonzero().flatten().tolist()
+        assert seen == list(range(max(0, query + past - window + 1), query + past + 1))
