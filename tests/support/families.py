@@ -37,7 +37,6 @@ YARN = {
     "original_max_position_embeddings": 64,
     "beta_fast": 8.0,
 }
-WINDOW = {"sliding_window": 5}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -50,6 +49,50 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "llama-llama3": {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3},
     "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": YARN},
+    "mistral-window": {"model_type": "mistral", "head_dim": 16, "sliding_window": 5},
+    "mistral-everything": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "rope_parameters": YARN,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3-tied-biased": {
+        "model_type": "qwen3",
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "rope_parameters": YARN,
+    },
+    "gemma": {"model_type": "gemma", "head_dim": 16, "num_key_value_heads": 1},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 24,
+        # Low enough to bend the scores and logits of so small a model.
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma2-uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 3,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": LINEAR,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        },
+    },
 }
 
 

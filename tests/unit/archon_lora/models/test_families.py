@@ -26,7 +26,9 @@ def read(family, **changes):
 
 
 def test_registry_finds_the_folders():
-    assert set(model_specs()) == {"llama", "qwen2"}
+    assert set(model_specs()) == {
+        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"),
+    }
     for name, spec in model_specs().items():
         assert spec.model_type == spec.config_cls.model_type == name
 
@@ -47,6 +49,36 @@ COMMON = [
 OWN = [
     ("llama", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
     ("llama", {"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
+    ("mistral", {"sliding_window": 0}, "sliding_window must be an integer >= 1, got 0"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
+    ("mistral", {"num_key_value_heads": None}, "lacks num_key_value_heads"),
+    ("qwen3", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types=.* is not supported"),
+    ("gemma", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+    ("gemma", {"use_bidirectional_attention": True}, "attention here is causal"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
+    ("gemma2", {"use_bidirectional_attention": True}, "attention here is causal"),
+    ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must name .* each of 2 layers"),
+    ("gemma2", {"layer_types": ["full_attention", "linear"]}, "layer_types must name"),
+    ("gemma2", {"sliding_window": None}, "sliding_window must be an integer >= 1, got None"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a number > 0"),
+    ("gemma2", {"final_logit_softcapping": "no"}, "final_logit_softcapping must be a number > 0"),
+    ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a number > 0"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "Gemma 3 has no soft caps"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "Gemma 3 has no soft caps"),
+    ("gemma3_text", {"rope_local_base_freq": 0}, "rope_local_base_freq must be a number > 0"),
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be an integer"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "sliding_attention layers have unscaled RoPE here",
+    ),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": None, "factor": 2.0}},
+        r"rope_parameters has \['factor'\] beside",
+    ),
 ]
 
 
@@ -74,6 +106,41 @@ def test_scaling_from_both_spellings():
     both = {"rope_parameters": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ModelLoadError, match="ask for different scalings"):
         read("llama", rope_scaling=LLAMA3, **both)
+
+
+def test_defaults_are_those_of_transformers():
+    """A key that is left out and one that is null are two things where null is a value."""
+    assert read("mistral").sliding_window == 4096
+    assert read("mistral", sliding_window=None).traits().windows == (None, None)
+    assert read("qwen3").head_dim == 128
+    assert read("gemma", hidden_act="gelu").tie_word_embeddings
+    gemma2 = read("gemma2")
+    assert gemma2.traits().windows == (4096, None)
+    assert (gemma2.traits().attention_softcap, gemma2.traits().logit_softcap) == (50.0, 30.0)
+    assert read("gemma2", attn_logit_softcapping=None).traits().attention_softcap is None
+    gemma3 = read("gemma3_text", num_hidden_layers=12, sliding_window=512)
+    assert [i for i, window in enumerate(gemma3.traits().windows) if window is None] == [5, 11]
+
+
+def test_gemma3_reads_both_spellings_of_its_two_bases():
+    old = read(
+        "gemma3_text",
+        rope_theta=2e6,
+        rope_local_base_freq=1e3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    new = read(
+        "gemma3_text",
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    )
+    assert old == new
+    assert (new.rope_theta, new.traits().local_rope_theta) == (2e6, 1e3)
+    assert new.rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    bare = read("gemma3_text")
+    assert (bare.rope_theta, bare.rope_local_base_freq) == (1e6, 1e4)
 
 
 def test_stretched_frequencies_survive_to_empty():
