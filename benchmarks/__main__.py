@@ -14,6 +14,7 @@ from typing import Any
 
 from .adapters import publishes, uploads
 from .growth import growth
+from .handoff import handoff, handoff_s3
 from .loads import loads
 from .memory import SECTIONS
 from .plots import write_plots
@@ -67,6 +68,9 @@ def _sections() -> Mapping[str, Callable[[Settings, Settings], Any]]:
         "publishes": lambda disk, memory: run_section(publishes, disk),
         "publishes-memory": lambda disk, memory: run_section(publishes, memory),
         "uploads": lambda disk, memory: run_section(uploads, disk),
+        "handoff": lambda disk, memory: run_section(handoff, disk),
+        "handoff-memory": lambda disk, memory: run_section(handoff, memory),
+        "handoff-s3": lambda disk, memory: run_section(handoff_s3, disk),
         "loads": lambda disk, memory: run_section(loads, disk),
         "memory": lambda disk, memory: {
             name: run_section(section, disk) for name, section in SECTIONS.items()

@@ -28,6 +28,8 @@ class S3Server:
 
     endpoint_url: str
     log: Path = field(repr=False)
+    name: str = "moto on loopback"
+    bucket_url: str = f"s3://{BUCKET}"
 
     @property
     def storage_options(self) -> dict[str, str]:
@@ -48,6 +50,30 @@ class S3Server:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
+
+
+@dataclass(frozen=True)
+class GivenServer(S3Server):
+    """The server that the AWS variables name."""
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """Nothing: everything comes from the environment."""
+        return {}
+
+
+@contextlib.contextmanager
+def server_for(folder: Path) -> Iterator[S3Server]:
+    """The server of ``AWS_ENDPOINT_URL`` and a bucket of ``CKPT_TEST_BUCKET``, else moto."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint is None:
+        with running_server(folder) as server:
+            yield server
+        return
+    bucket = os.environ.get("CKPT_TEST_BUCKET", BUCKET)
+    with contextlib.suppress(FileExistsError):
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    yield GivenServer(endpoint, folder / "none", endpoint, f"s3://{bucket}")
 
 
 @contextlib.contextmanager

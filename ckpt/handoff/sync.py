@@ -30,7 +30,7 @@ from .handover import DEFAULT_SLOTS, Handover
 from .lease_keeper import LeaseKeeper
 from .registry import LOCAL_POLL_S, REMOTE_POLL_S, Registry, Version
 from .report import HandoverReport
-from .sync_status import SyncStatus
+from .sync_status import Switch, SyncStatus
 from .sync_watch import Offer, Watcher
 
 STOP_SECONDS: Final = 10.0
@@ -225,6 +225,7 @@ class Sidecar:
         self._note(report)
         name = offer.version.name
         if report.live:
+            self._tell_switch(offer, report)
             self._backoff.succeeded()
             self._setbacks.forget(name)
             self.status.settled(self._setbacks.reasons())
@@ -249,6 +250,17 @@ class Sidecar:
         self._watcher.withdraw(name)
         self.status.passed_over("rejected", self._setbacks.reasons())
         self._not_before = 0.0  # the one that is offered in its place need not wait
+
+    def _tell_switch(self, offer: Offer, report: HandoverReport) -> None:
+        longest = [
+            max((time_ms or 0.0 for time_ms in times), default=0.0) / 1e3
+            for times in (
+                [item.load_ms for item in report.replicas],
+                [item.proof_ms for item in report.replicas],
+            )
+        ]
+        name, now = offer.version.name, time.time()
+        self.status.switched(Switch(name, offer.seen, offer.cached, now, *longest))
 
     def _whole(self, current: Version) -> bool:
         """Whether the live version may be loaded again, where an engine has lost it.

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -35,6 +35,27 @@ class ReplicaState:
     up: bool = False
     live: str | None = None
     problem: str | None = "not asked yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What the way of a version took, from the root to live; moments are seconds since 1970.
+
+    Attributes:
+        version: its name.
+        seen: when its name was seen at the root.
+        cached: when it lay in the cache, verified.
+        live: when enough replicas had proven it.
+        load_s: the engine's own load, of the replica that took longest.
+        proof_s: the proof, of the replica that took longest.
+    """
+
+    version: str
+    seen: float
+    cached: float
+    live: float
+    load_s: float
+    proof_s: float
 
 
 class SyncStatus:
@@ -63,6 +84,7 @@ class SyncStatus:
         self._newest: int | None = None
         self._current: tuple[str, int] | None = None
         self._to_live_s: float | None = None
+        self._last_switch: Switch | None = None
         self._store_problem: str | None = "not asked yet"
         self._beat = clock()
         self._cache: tuple[int, int] = (0, 0)
@@ -139,6 +161,11 @@ class SyncStatus:
             created = datetime.fromisoformat(version.created)
             self._to_live_s = (datetime.now(UTC) - created).total_seconds()
 
+    def switched(self, switch: Switch) -> None:
+        """How a version became live."""
+        with self._mutex:
+            self._last_switch = switch
+
     def sizes(self, versions: int, size: int, leases: Mapping[str, float], evicted: int) -> None:
         """What the cache holds and deleted so far, and the ages of the leases in seconds."""
         with self._mutex:
@@ -177,6 +204,7 @@ class SyncStatus:
                     for url, state in self._replicas.items()
                 },
                 "passed_over": self._passed_over,
+                "last_switch": None if self._last_switch is None else asdict(self._last_switch),
             }
         return ready, document
 

@@ -34,10 +34,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A version that lies in the cache, whole."""
+    """A version that lies in the cache, whole.
+
+    Attributes:
+        version: the version.
+        directory: where it lies.
+        seen: when its name was first seen at the root, in seconds since 1970.
+        cached: when it lay in the cache.
+    """
 
     version: Version
     directory: Path
+    seen: float
+    cached: float
 
 
 class Watcher:
@@ -154,8 +163,9 @@ class Watcher:
             if manifest is not None:
                 log.warning("%s is taken from the cache meanwhile", entry.name)
                 version = Version.of(manifest, self._registry.url)
+                now = time.time()
                 with self._mutex:
-                    self._offer = Offer(version, self._cache.path(entry.name))
+                    self._offer = Offer(version, self._cache.path(entry.name), now, now)
                 self._on_offer()
                 return
 
@@ -170,6 +180,7 @@ class Watcher:
         with self._mutex:
             if self._offer is not None and self._offer.version.name == name:
                 return True
+        seen = time.time()
         try:
             version = self._registry.get(name)
             self._leases.take(name)
@@ -191,7 +202,7 @@ class Watcher:
             self._status.pulled(version.bytes, time.monotonic() - begun)
             log.info("%s lies in the cache, verified", name)
         with self._mutex:
-            self._offer = Offer(version, directory)
+            self._offer = Offer(version, directory, seen, time.time())
         self._on_offer()
         return True
 

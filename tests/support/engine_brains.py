@@ -13,6 +13,7 @@ import re
 import struct
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,7 +71,7 @@ class Adapter:
                 return True
         return False
 
-    @property
+    @cached_property
     def digest(self) -> bytes | None:
         """Of what changes an answer; None if nothing does."""
         if not any(any(raw) for key, (_, _, raw) in self.tensors.items() if "lora_B" in key):

@@ -105,6 +105,8 @@ class Engine:
             served = Adapter.read(item["path"]).matched(self.kind)
         elif do == "half":
             served = adapter.half()
+        if served is not None:
+            _ = served.digest  # an engine's work is done when the load answers, too
         self.memory[name], self.served_as[name] = adapter, served
         if do == "unlisted":
             self.unlisted.add(name)
