@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class Source(Protocol):
     """Where versions come from; a :class:`~ckpt.handoff.registry.Registry` is one."""
 
-    def fetch(self, v: Version, into: Path) -> Path:
+    def place(self, v: Version, into: Path) -> Path:
         """Make ``into/<name>`` with the version's verified files, all of it or nothing."""
         ...
 
@@ -204,7 +204,7 @@ class VersionCache:
             held = self.find(version.name)
             if held is None:
                 self._make_room(version.bytes, version.name)
-                registry.fetch(version, self._dir)
+                registry.place(version, self._dir)
                 self._verified[version.name] = self._read_manifest(version.name)
             elif held.adapter_sha256 != version.adapter_sha256:
                 msg = (

@@ -1,13 +1,18 @@
-"""Copy a version to this machine: every byte verified, and the directory appears at once.
+"""Bring a version to this machine: every byte verified, and the directory appears at once.
 
-The copy is a plain PEFT directory with the version's manifest beside the two files, so that it can
-be verified later without the root it came from.
+What is brought is a plain PEFT directory with the version's manifest beside the two files, so that
+it can be verified later without the root it came from. A *copy* is durable and its bytes are its
+own. One that is *placed*, in a cache, is neither: it is verified anew before an owner of the cache
+first uses it, and where the root lies on the same file system, its weights are a hard link to the
+root's, which nobody ever changes.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +22,22 @@ from typing import Final
 
 from ckpt.catalog import check_bytes
 from ckpt.checksum import block_range, verify_block
-from ckpt.errors import AlreadyExists, ConfigError, DamagedError, NoCheckpoint, ObjectNotFound
+from ckpt.errors import (
+    AlreadyExists,
+    CkptError,
+    ConfigError,
+    DamagedError,
+    NoCheckpoint,
+    ObjectNotFound,
+    StorageError,
+)
 from ckpt.layout import ADAPTERS, MANIFEST, TMP_PREFIX, new_attempt
 from ckpt.manifest import VersionManifest
 from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME, local_directory
-from ckpt.storage import Storage, open_storage
+from ckpt.storage import Storage
 from ckpt.storage.checked import read_verified
 from ckpt.storage.exchange import exchange_dirs
+from ckpt.storage.posix import PosixStorage
 from ckpt.types import FileRecord
 
 RUN_BLOCKS: Final = 4
@@ -33,20 +47,37 @@ READS_AHEAD: Final = 2
 
 _FILES: Final = frozenset({CONFIG_NAME, WEIGHTS_NAME, MANIFEST})
 
+_NO_LINK: Final = frozenset(
+    {
+        errno.EXDEV,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EOPNOTSUPP,
+        errno.ENOTSUP,
+        errno.ENOSYS,
+        errno.EMLINK,
+    }
+)
+"""Other file systems, file systems without links, and a system that links only one's own files."""
+
 log = logging.getLogger(__name__)
 
 
-def pull_version(storage: Storage, manifest: VersionManifest, into: str | PathLike[str]) -> Path:
-    """Copy a version into a local directory, under its own name.
+def pull_version(
+    storage: Storage, manifest: VersionManifest, into: str | PathLike[str], *, place: bool = False
+) -> Path:
+    """Bring a version into a local directory, under its own name.
 
     Args:
         storage: the root.
         manifest: the version's verified manifest.
         into: the directory that gets it; made if it is missing. While the copy is under way,
             and after a kill, it lies in ``.tmp-<name>-<attempt>`` there, which may be deleted.
+        place: as a cache wants it: not synced, and linked rather than copied where that can be.
 
     Returns:
-        ``<into>/<name>``: there already and verified, or complete and durable when it appears.
+        ``<into>/<name>``: there already and verified, or complete (a copy: and durable) when it
+        appears.
 
     Raises:
         ConfigError: ``into`` is a file, or a URL of another store.
@@ -58,7 +89,7 @@ def pull_version(storage: Storage, manifest: VersionManifest, into: str | PathLi
     parent = local_directory(fspath(into))
     if parent is None:
         raise ConfigError(f"versions are fetched to a directory of this machine, got {into!r}")
-    local = open_storage(parent)
+    local = PosixStorage(parent, durable=not place)
     target = parent / manifest.name
     problem = _problem(local, manifest)
     if problem is None:
@@ -68,7 +99,7 @@ def pull_version(storage: Storage, manifest: VersionManifest, into: str | PathLi
         log.warning("fetching version %s again: %s", manifest.name, problem)
     work = f"{TMP_PREFIX}{manifest.name}-{new_attempt()}"
     try:
-        _copy(storage, manifest, local, work)
+        _bring(storage, manifest, local, work, link=place)
         if existing:
             exchange_dirs(parent / work, target)
         else:
@@ -108,14 +139,46 @@ def _problem(local: Storage, manifest: VersionManifest) -> str | None:
     return None if found is None else found.message
 
 
-def _copy(storage: Storage, manifest: VersionManifest, local: Storage, work: str) -> None:
+def _bring(
+    storage: Storage, manifest: VersionManifest, local: PosixStorage, work: str, *, link: bool
+) -> None:
     """Weights, manifest, config: a watcher that waits for the config finds all the rest."""
     files = {file.name: file for file in manifest.files}
     weights = files[WEIGHTS_NAME]
-    local.put_stream(f"{work}/{WEIGHTS_NAME}", _runs(storage, manifest, weights), weights.size)
+    if not (link and _linked(storage, manifest, local.url, work)):
+        local.put_stream(f"{work}/{WEIGHTS_NAME}", _runs(storage, manifest, weights), weights.size)
     local.put(f"{work}/{MANIFEST}", manifest.to_bytes())
     config = [bytes(run) for run in _runs(storage, manifest, files[CONFIG_NAME])]
     local.put(f"{work}/{CONFIG_NAME}", b"".join(config))
+
+
+def _linked(storage: Storage, manifest: VersionManifest, parent: str, work: str) -> bool:
+    """Make the weights a hard link to the root's and verify it; False where that cannot be.
+
+    Whoever deletes the version at the root takes nothing from the link. What is read here is what
+    engines will read.
+
+    Raises:
+        DamagedError: another SHA-256.
+        NoCheckpoint: the version was deleted meanwhile.
+    """
+    source = storage.local_path(f"{_path(manifest)}/{WEIGHTS_NAME}")
+    if source is None:
+        return False
+    link = Path(parent, work, WEIGHTS_NAME)
+    try:
+        link.parent.mkdir(parents=True)
+        os.link(source, link, follow_symlinks=False)
+        with link.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise _missing(storage, manifest, error) from error
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise StorageError(f"{link}: cannot be linked to {source}: {error.strerror}") from error
+    _compare(found, manifest, f"{storage.url}/{_path(manifest)}")
+    return True
 
 
 def _runs(storage: Storage, manifest: VersionManifest, record: FileRecord) -> Iterator[memoryview]:
@@ -164,12 +227,17 @@ def _read_run(
     try:
         read_verified(storage, path, start, target, verify)
     except ObjectNotFound as error:
-        # Who deletes a version takes its manifest away first.
-        if storage.exists(f"{_path(manifest)}/{MANIFEST}"):
-            raise DamagedError(f"version {manifest.name} is damaged: {error}") from error
-        msg = f"version {manifest.name} of {storage.url} was deleted while it was copied"
-        raise NoCheckpoint(f"{msg}; take a lease first") from error
+        raise _missing(storage, manifest, error) from error
     return target
+
+
+def _missing(storage: Storage, manifest: VersionManifest, error: Exception) -> CkptError:
+    """What a file that is not there says of its version."""
+    # Who deletes a version takes its manifest away first.
+    if storage.exists(f"{_path(manifest)}/{MANIFEST}"):
+        return DamagedError(f"version {manifest.name} is damaged: {error}")
+    msg = f"version {manifest.name} of {storage.url} was deleted while it was copied"
+    return NoCheckpoint(f"{msg}; take a lease first")
 
 
 def _path(manifest: VersionManifest) -> str:

@@ -146,6 +146,7 @@ class Registry:
             self._storage = root
         self._run = None if run is None else check_run_name(run)
         self._warned: set[str] = set()
+        self._looked_up: VersionManifest | None = None
 
     @property
     def url(self) -> str:
@@ -180,7 +181,9 @@ class Registry:
             DamagedError: its manifest or probe does not verify, or a file has another size.
             StorageError: the store failed.
         """
-        return Version.of(self._manifest(v), self.url)
+        manifest = self._manifest(v)
+        self._looked_up = manifest  # a manifest never changes
+        return Version.of(manifest, self.url)
 
     def newer_than(self, v: Which | None) -> list[Version]:
         """The versions above ``v`` that are whole, oldest first; None stands below all.
@@ -286,6 +289,23 @@ class Registry:
             StorageError: one of the two stores failed.
         """
         return pull_version(self._storage, self._manifest(v), into)
+
+    def place(self, v: Version, into: str | PathLike[str]) -> Path:
+        """As :meth:`fetch`, for a cache that verifies what it holds before it first uses it.
+
+        Nothing is synced, and on the root's own file system the weights are a hard link: nobody
+        may change the files, neither here nor there.
+
+        Args:
+            v: a version that this registry has just looked up.
+            into: the cache's directory.
+
+        Raises:
+            NoCheckpoint, DamagedError, AlreadyExists, StorageError: as :meth:`fetch`.
+        """
+        known = self._looked_up
+        manifest = known if known is not None and known.name == v.name else self._manifest(v)
+        return pull_version(self._storage, manifest, into, place=True)
 
     def close(self) -> None:
         """Release the store's connections; a later call opens new ones."""

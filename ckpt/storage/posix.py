@@ -37,17 +37,20 @@ class PosixStorage:
 
     Args:
         root: the directory. Symbolic links below it are followed only while they stay below it.
+        durable: sync what is written. Without it a name may show anything after the machine went
+            down; a process that ends, however it does, still leaves all or nothing.
 
     Raises:
         ConfigError: the path exists and is not a directory.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, durable: bool = True) -> None:
         self._root = Path(os.path.realpath(Path(root).expanduser()))
         if self._root.exists() and not self._root.is_dir():
             msg = f"{self._root} is a file; the root of a store must be a directory"
             raise ConfigError(msg)
         self._meter = Meter()
+        self._durable = durable
 
     def __repr__(self) -> str:
         return f"PosixStorage({str(self._root)!r})"
@@ -168,7 +171,7 @@ class PosixStorage:
                 hit("posix.put_new.before_link")
                 self._link(temporary, target, views, path)
                 hit("posix.put_new.after_link")
-            _sync_dir(target.parent)
+            self._sync_dir(target.parent)
             self._meter.add(sent=sum(map(len, views)))
 
     def delete(self, path: str) -> None:
@@ -177,7 +180,7 @@ class PosixStorage:
         try:
             with self._errors("delete", path):
                 target.unlink()
-                _sync_dir(target.parent)
+                self._sync_dir(target.parent)
         except ObjectNotFound:
             return
 
@@ -187,7 +190,7 @@ class PosixStorage:
         try:
             with self._errors("delete", path):
                 shutil.rmtree(target)
-                _sync_dir(target.parent)
+                self._sync_dir(target.parent)
         except ObjectNotFound:
             return
 
@@ -207,9 +210,9 @@ class PosixStorage:
                     self._taken(target)
                 raise
             hit("posix.rename_dir.after")
-            _sync_dir(new.parent)
+            self._sync_dir(new.parent)
             if old.parent != new.parent:
-                _sync_dir(old.parent)
+                self._sync_dir(old.parent)
 
     def _show(self, path: str) -> str:
         return f"{self._root}/{path}" if path else str(self._root)
@@ -285,14 +288,14 @@ class PosixStorage:
             directory = directory.parent
         for new in reversed(missing):
             new.mkdir(exist_ok=True)
-            _sync_dir(new.parent)
+            self._sync_dir(new.parent)
 
     def _replace(self, target: Path, fill: Callable[[int], None]) -> None:
         with self._temporary(target, fill) as temporary:
             hit("posix.put.before_rename")
             temporary.replace(target)
             hit("posix.put.after_rename")
-        _sync_dir(target.parent)
+        self._sync_dir(target.parent)
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, fill: Callable[[int], None]) -> Iterator[Path]:
@@ -306,7 +309,8 @@ class PosixStorage:
                 hit("posix.put.before_write")
                 fill(fd)
                 hit("posix.put.after_write")
-                os.fsync(fd)
+                if self._durable:
+                    os.fsync(fd)
                 hit("posix.put.after_fsync")
             finally:
                 os.close(fd)
@@ -335,18 +339,20 @@ class PosixStorage:
             self._taken(path)
         try:
             write_all(fd, views)
-            os.fsync(fd)
+            if self._durable:
+                os.fsync(fd)
         except OSError:
             target.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
 
-
-def _sync_dir(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    def _sync_dir(self, directory: Path) -> None:
+        """Make the names in a directory durable."""
+        if not self._durable:
+            return
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

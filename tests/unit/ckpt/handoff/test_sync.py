@@ -18,7 +18,7 @@ from support.published import damage, publish_one
 from ckpt.errors import ConfigError, StorageError
 from ckpt.handoff import sync, sync_watch
 from ckpt.handoff.cache import VersionCache
-from ckpt.handoff.registry import Registry
+from ckpt.handoff.registry import Registry, Version
 from ckpt.handoff.sync import Sidecar, SyncConfig, default_holder
 from ckpt.handoff.sync_watch import Watcher
 from ckpt.peft import WEIGHTS_NAME
@@ -220,7 +220,7 @@ def break_store(patch: pytest.MonkeyPatch) -> None:
         raise StorageError("s3://bucket/run7: HTTP 503")
 
     patch.setattr(sync_watch, "version_names", down)
-    for method in ("get", "fetch", "lease", "release", "leases"):
+    for method in ("get", "place", "lease", "release", "leases"):
         patch.setattr(Registry, method, down)
 
 
@@ -314,6 +314,7 @@ def test_a_copy_that_rotted_while_it_was_live_is_not_loaded_again(
 
 def rot(file: Path) -> None:
     data = file.read_bytes()
+    file.unlink()  # the root has the same file
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
@@ -351,13 +352,13 @@ def test_a_version_is_leased_before_it_is_pulled(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    fetch = Registry.fetch
+    place = Registry.place
 
-    def watched(self: Registry, v: object, into: Path) -> Path:
+    def watched(self: Registry, v: Version, into: Path) -> Path:
         seen.append(held(site, 1))
-        return fetch(self, v, into)
+        return place(self, v, into)
 
-    monkeypatch.setattr(Registry, "fetch", watched)
+    monkeypatch.setattr(Registry, "place", watched)
     site.turn()
     assert seen == [["me"]]
 
