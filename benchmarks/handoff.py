@@ -1,4 +1,4 @@
-"""Sections about the hand-over: from the trainer's call to a version that engines are proven to serve.
+"""Sections about the hand-over: from the trainer's call to a version that an engine has proven.
 
 The manager publishes in this process, ``ckpt sync`` and the engine are processes of their own. The
 engine is a stand-in: it reads the adapter as a real one does and answers as one, without a model.
@@ -37,6 +37,7 @@ from .workload import Shapes, Workload, build_model, export
 
 PARTS: Final = ("stage", "write", "commit", "notice", "pull", "drive", "load", "proof")
 """One after the other, from the call to live; ``load`` is the engine's own."""
+STAND_IN: Final = "publish and ckpt sync, stand-in engine"
 PROMPT: Final = tuple(range(1, 17))
 TESTS: Final = Path(__file__).parents[1] / "tests"
 
@@ -77,17 +78,24 @@ class HandOver:
         self.newest: str | None = None
 
     def measure(self, number: int) -> Sample:
-        """Every part in milliseconds, ``total``, and ``ours``: all but the engine's own load."""
+        """Every part in milliseconds, and sums of them.
+
+        ``total`` is all of them, ``ours`` all but the engine's own load, ``after_commit`` what of
+        that comes after the version exists; ``cpu`` is processor time of trainer and sidecar.
+        """
         del number
+        used = time.process_time() + self._sidecar.cpu_s()
         called = time.time()
         handle = self._manager.publish(self._state, probe=self._probe)
         handle.wait_staged(DEADLINE_S)
         staged = time.time()
         manifest = handle.published.result(DEADLINE_S)
         told = time.time()
+        used -= time.process_time()
         if manifest is None:
             raise AssertionError(handle)
         switch = self._sidecar.until_live(manifest.name, DEADLINE_S)
+        used -= self._sidecar.cpu_s()
         self._manager.wait(DEADLINE_S)  # its retention is not to disturb the next trial
         self.newest = manifest.name
         written = datetime.fromisoformat(manifest.created).timestamp()
@@ -106,6 +114,7 @@ class HandOver:
             "total": switch["live"] - called,
             "ours": switch["live"] - called - load,
             "after_commit": switch["live"] - committed - load,
+            "cpu": -used,
         }
         return {part: 1e3 * value for part, value in seconds.items()}
 
@@ -172,7 +181,7 @@ def _stand_in(
     probe = Probe(PROMPT, *answers)
     home = settings.folder / "stand-in"
     sidecar = stack.enter_context(Sidecar(root, engine.address, home))
-    trial = HandOver("ckpt sync, stand-in engine", state, probe, root, sidecar, options)
+    trial = HandOver(STAND_IN, state, probe, root, sidecar, options)
     stack.callback(trial.close)
     return trial
 
@@ -189,7 +198,9 @@ def _real_engines(stack: ExitStack, settings: Settings) -> tuple[list[Any], dict
         address = f"{kind}+{os.environ[variable]}"
         sidecar = stack.enter_context(Sidecar(root, address, settings.folder / kind))
         state = _state(shapes)
-        trial = HandOver(f"ckpt sync, {kind}, a model of its own", state, None, root, sidecar)
+        trial = HandOver(
+            f"publish and ckpt sync, real {kind}, a model of its own", state, None, root, sidecar
+        )
         stack.callback(trial.close)
         trials.append(trial)
     return trials, skipped

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapters import DcpHuggingFace, PlainPut, Publish, SaveFile, SaveFileSynced
+from .handoff import STAND_IN, PlainGet
 from .loads import HuggingFace, Restore
 from .peers import DcpAsync, DcpSave
 from .rounds import Spread, ratio, values_of
@@ -62,7 +63,8 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
 
     Args:
         sections: results by name; ``saves-1``, ``saves-2``, ``saves-memory``, ``slowdown``,
-            ``publishes``, ``publishes-memory``, ``uploads``, ``loads``, ``memory``.
+            ``publishes``, ``publishes-memory``, ``uploads``, ``handoff``, ``handoff-memory``,
+            ``handoff-s3``, ``loads``, ``memory``.
     """
     found: list[Row] = []
     if "saves-1" in sections:
@@ -89,6 +91,11 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
         found += [_load(sections["loads"])]
     if "uploads" in sections:
         found += [_upload(sections["uploads"])]
+    for name, place in (("handoff-memory", "in memory"), ("handoff", "on disk")):
+        if name in sections:
+            found += [_handoff(sections[name], place)]
+    if "handoff-s3" in sections:
+        found += _handoff_s3(sections["handoff-s3"])
     if "memory" in sections:
         found += [_memory(sections["memory"])]
     return found
@@ -189,6 +196,35 @@ def _upload(section: Any) -> Row:
         note=f"{requests.middle:.0f} requests, at most {UPLOAD_REQUESTS} wanted",
         also_holds=requests.middle <= UPLOAD_REQUESTS,
     )
+
+
+def _handoff(section: Any, place: str) -> Row:
+    rounds = section["rounds"]
+    load, cpu = (Spread.of(values_of(rounds, STAND_IN, key)).middle for key in ("load", "cpu"))
+    return Row(
+        f"publish to live without the engine's own load, {place}",
+        Spread.of(values_of(rounds, STAND_IN, "ours")),
+        250.0,
+        unit="ms",
+        note=f"processor time {cpu:.0f} ms; the stand-in's load took {load:.0f} ms",
+    )
+
+
+def _handoff_s3(section: Any) -> list[Row]:
+    rounds, floor = section["rounds"], (PlainGet.name, "total")
+    write = ratio(rounds, (STAND_IN, "write"), floor).middle
+    return [
+        Row(
+            f"{what} to live on S3 without the engine's own load / one plain GET of the adapter",
+            ratio(rounds, (STAND_IN, key), floor),
+            2.0,
+            note=note,
+        )
+        for what, key, note in (
+            ("commit", "after_commit", ""),
+            ("publish", "ours", f"the upload alone is {write:.2f}x"),
+        )
+    ]
 
 
 def _memory(section: Any) -> Row:

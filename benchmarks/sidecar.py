@@ -80,6 +80,14 @@ class Sidecar:
         msg = f"{name} did not go live: {text}"
         raise RuntimeError(msg)
 
+    def cpu_s(self) -> float:
+        """Processor time that it has used so far, in seconds; steps of a clock tick."""
+        if self._process is None:
+            return 0.0
+        text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii")
+        user, system = text.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def _ask(self) -> dict[str, Any] | None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
         try:

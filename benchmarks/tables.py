@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .adapters import PlainPut, SaveFile, SaveFileSynced
+from .handoff import PARTS, PlainGet
 from .loads import HuggingFace
 from .rounds import Spread, ratio, values_of
 from .rows import Row
@@ -24,6 +25,9 @@ _HEADS = {
     "publishes": "The adapter, on disk",
     "publishes-memory": "The adapter, on a memory file system",
     "uploads": "The adapter, to an S3 server (moto on loopback)",
+    "handoff-memory": "From publish to live, on a memory file system",
+    "handoff": "From publish to live, on disk",
+    "handoff-s3": "From publish to live, over S3",
     "loads": "Loads, from a warm page cache",
 }
 _FLOORS = {
@@ -112,6 +116,8 @@ def _section(name: str, section: Any) -> str:
     rounds = section["rounds"]
     if name == "slowdown":
         return _plain_table(rounds, "step", IDLE, "step ms", "/ no save")
+    if name.startswith("handoff"):
+        return _handoff(section)
     if not name.startswith("saves"):
         size = f"{section['bytes'] / 1e6:.1f} MB.\n\n"
         return size + _plain_table(
@@ -153,6 +159,27 @@ def _plain_table(
             line += f" {Spread.of(values_of(rounds, name, 'requests')).middle:.0f} |"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _handoff(section: Any) -> str:
+    rounds = section["rounds"]
+    trials = [name for name in rounds if name != PlainGet.name]
+    lines = [f"{section['bytes'] / 1e6:.1f} MB (a real engine's own model has another size)."]
+    if "server" in section:
+        floor = Spread.of(values_of(rounds, PlainGet.name, "total"))
+        lines[0] += f" Server: {section['server']}. {PlainGet.name}: {_spread(floor)} ms."
+    lines += ["", f"| ms | {' | '.join(trials)} |", f"|---|{'---:|' * len(trials)}"]
+    for key, text in (*((part, part) for part in PARTS), *_SUMS):
+        cells = [_spread(Spread.of(values_of(rounds, name, key))) for name in trials]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_SUMS = (
+    ("ours", "all but load"),
+    ("after_commit", "of that, after the commit"),
+    ("cpu", "processor time, trainer and sidecar"),
+)
 
 
 def _spread(spread: Spread) -> str:

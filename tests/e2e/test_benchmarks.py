@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.handoff import PARTS, STAND_IN
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
@@ -19,7 +21,7 @@ def test_sections_on_one_and_two_ranks(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks", "--workload", "tiny", "--repeats", "2"),
-            *("--only", "saves-2", "saves-memory", "publishes", "loads"),
+            *("--only", "saves-2", "saves-memory", "publishes", "loads", "handoff"),
             *("--out", str(out), "--folder", str(tmp_path), "--memory-folder", str(tmp_path)),
         ],
         cwd=ROOT,
@@ -31,7 +33,7 @@ def test_sections_on_one_and_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
     sections = found["sections"]
-    assert sections.keys() == {"saves-2", "saves-memory", "publishes", "loads"}
+    assert sections.keys() == {"saves-2", "saves-memory", "publishes", "loads", "handoff"}
     for section in sections.values():
         assert all(len(samples) == 2 for samples in section["rounds"].values())
     for name in ("saves-2", "saves-memory"):
@@ -42,7 +44,11 @@ def test_sections_on_one_and_two_ranks(tmp_path: Path) -> None:
     one, two = (sections[name]["bytes_per_rank"] for name in ("saves-memory", "saves-2"))
     assert two < 0.75 * one
     assert sections["saves-2"]["plan"]["collectives"] == 0
-    assert [row["what"][:6] for row in found["rows"]].count("publis") == 1
+    for sample in sections["handoff"]["rounds"][STAND_IN]:
+        assert all(sample[part] >= 0 for part in PARTS)
+        assert sum(sample[part] for part in PARTS) == pytest.approx(sample["total"])
+        assert sample["ours"] == pytest.approx(sample["total"] - sample["load"])
+    assert [row["what"][:6] for row in found["rows"]].count("publis") == 2  # and the hand-over
     text = (out / "results.md").read_text(encoding="utf-8")
     assert text in done.stdout
     assert found["table"] in text

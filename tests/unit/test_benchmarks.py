@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.adapters import PlainPut, Publish
+from benchmarks.handoff import PARTS, STAND_IN, PlainGet
 from benchmarks.peers import DcpAsync, DcpSave
 from benchmarks.readme import BEGIN, END, refresh
 from benchmarks.rounds import Spread, interleave, ratio
@@ -170,3 +171,32 @@ def test_the_tables_say_what_a_saver_asks_of_the_processor() -> None:
     rounds[PlainPut.name] = samples(total=[10.0] * 3, requests=[1.0] * 3, cpu=[5.0] * 3)
     text = as_markdown("", "tiny", [], {"uploads": {"bytes": 1, "rounds": rounds}})
     assert f"| {Publish.name} | 10.0 (10.0 to 10.0) | 1.00 | 7 | 3 |" in text
+
+
+def handed_over(*, ours: float, write: float = 10.0) -> dict[str, list[dict[str, float]]]:
+    parts = dict.fromkeys(PARTS, [1.0] * 3) | {"write": [write] * 3, "load": [70.0] * 3}
+    sums = {"total": [ours + 70] * 3, "ours": [ours] * 3, "after_commit": [ours - write] * 3}
+    return {STAND_IN: samples(**parts, **sums, cpu=[90.0] * 3)}
+
+
+def test_a_hand_over_counts_everything_but_the_engines_own_load() -> None:
+    sections = {
+        "handoff": {"bytes": 1, "rounds": handed_over(ours=251.0)},
+        "handoff-memory": {"bytes": 1, "rounds": handed_over(ours=250.0)},
+    }
+    found = rows(sections)
+    assert [(row.measured.middle, row.reached) for row in found] == [(250.0, True), (251.0, False)]
+    assert "the stand-in's load took 70 ms" in found[0].note
+    text = as_markdown("", "tiny", found, sections)
+    for part in PARTS:
+        assert f"| {part} |" in text
+
+
+def test_over_s3_a_hand_over_is_held_against_a_plain_get() -> None:
+    rounds = handed_over(ours=30.0, write=12.0) | {PlainGet.name: samples(total=[10.0] * 3)}
+    section = {"bytes": 1, "server": "moto on loopback", "rounds": rounds}
+    after, all_of_it = rows({"handoff-s3": section})
+    assert (after.measured.middle, after.reached) == (pytest.approx(1.8), True)
+    assert (all_of_it.measured.middle, all_of_it.reached) == (pytest.approx(3.0), False)
+    assert "the upload alone is 1.20x" in all_of_it.note
+    assert "Server: moto on loopback" in as_markdown("", "tiny", [], {"handoff-s3": section})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from support.published import damage, publish_one
 
-from ckpt.errors import CacheFull, ConfigError, DamagedError
+from ckpt.errors import CacheFull, ConfigError, DamagedError, NoCheckpoint, StorageError
 from ckpt.handoff.cache import VersionCache
 from ckpt.handoff.registry import Registry
 from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME
@@ -49,7 +51,7 @@ def test_a_version_is_pulled_once_and_found_without_the_root(
     path = cache.get(registry, version)
     assert path == tmp_path / "cache" / name(1)
     assert {file.name for file in path.iterdir()} == {WEIGHTS_NAME, CONFIG_NAME, "MANIFEST.json"}
-    monkeypatch.setattr(Registry, "fetch", lambda *_: pytest.fail("pulled again"))
+    monkeypatch.setattr(Registry, "place", lambda *_: pytest.fail("pulled again"))
     assert cache.get(registry, version) == path
     cache.close()
     again = VersionCache(tmp_path / "cache")
@@ -147,12 +149,93 @@ def test_a_damaged_version_never_enters(registry: Registry, tmp_path: Path) -> N
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def weights_of(registry: Registry, number: int) -> Path:
+    return Path(registry.get(number).url) / WEIGHTS_NAME
+
+
+def test_on_the_roots_file_system_the_weights_are_a_link(
+    registry: Registry, tmp_path: Path
+) -> None:
+    root = weights_of(registry, 1)
+    data = root.read_bytes()
+    path = VersionCache(tmp_path / "cache").get(registry, registry.get(1))
+    assert (path / WEIGHTS_NAME).samefile(root)
+    # What is deleted at the root stays whole here.
+    shutil.rmtree(root.parent)
+    assert (path / WEIGHTS_NAME).read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP])
+def test_where_no_link_can_be_made_it_is_a_copy(
+    code: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    version, root = registry.get(1), weights_of(registry, 1)
+    monkeypatch.setattr(os, "link", refuse)
+    path = VersionCache(tmp_path / "cache").get(registry, version)
+    assert not (path / WEIGHTS_NAME).samefile(root)
+    assert (path / WEIGHTS_NAME).read_bytes() == root.read_bytes()
+
+
+def test_a_link_that_fails_otherwise_is_said(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    version, cache = registry.get(1), VersionCache(tmp_path / "cache")
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="cannot be linked to"):
+        cache.get(registry, version)
+    assert names(cache) == []
+
+
+def test_weights_that_are_gone_are_damage_or_a_deleted_version(
+    registry: Registry, tmp_path: Path
+) -> None:
+    cache = VersionCache(tmp_path / "cache")
+    version = registry.get(1)
+    weights_of(registry, 1).unlink()
+    with pytest.raises(DamagedError, match="is damaged"):
+        cache.get(registry, version)
+    shutil.rmtree(version.url)
+    with pytest.raises(NoCheckpoint, match="was deleted"):
+        cache.get(registry, version)
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_cache_waits_for_no_disk_and_a_copy_does(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    cache, version = VersionCache(tmp_path / "cache"), registry.get(1)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    cache.get(registry, version)
+    assert synced == []
+    registry.fetch(version, tmp_path / "copy")
+    assert len(synced) >= 4  # three files and the directory
+    copied = tmp_path / "copy" / version.name / WEIGHTS_NAME
+    assert not copied.samefile(weights_of(registry, 1))
+
+
+def test_a_manifest_is_read_once(registry: Registry, tmp_path: Path) -> None:
+    version, cache = registry.get(1), VersionCache(tmp_path / "cache")
+    before = registry.storage.traffic.received
+    cache.get(registry, version)
+    config = next(file.size for file in version.files if file.name == CONFIG_NAME)
+    assert registry.storage.traffic.received - before == config  # and the link
+
+
 @pytest.mark.parametrize("harm", ["byte", "short", "foreign manifest", "no config"])
 def test_a_copy_that_rotted_is_replaced(harm: str, registry: Registry, tmp_path: Path) -> None:
     cache = VersionCache(tmp_path / "cache")
     path = cache.get(registry, registry.get(1))
     whole = (path / WEIGHTS_NAME).read_bytes()
     cache.close()
+    if harm in ("byte", "short"):
+        (path / WEIGHTS_NAME).unlink()  # the root has the same file
     if harm == "byte":
         (path / WEIGHTS_NAME).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif harm == "short":

@@ -97,6 +97,18 @@ def test_the_newest_is_served_and_the_old_one_unloaded(site: Site) -> None:
     assert set(site.engines[0].loaded) == {name(3)}
 
 
+def test_the_moments_of_the_last_switch_are_told(site: Site) -> None:
+    assert site.sidecar.status.readiness()[1]["last_switch"] is None
+    before = time.time()
+    site.turn()
+    switch = site.sidecar.status.readiness()[1]["last_switch"]
+    assert switch["version"] == name(1)
+    assert before <= switch["seen"] <= switch["cached"] <= switch["live"] <= time.time()
+    assert 0 < switch["load_s"] + switch["proof_s"] <= switch["live"] - switch["cached"]
+    site.turn()
+    assert site.sidecar.status.readiness()[1]["last_switch"] == switch
+
+
 def test_nothing_published_yet_is_not_ready_and_no_error(tmp_path: Path) -> None:
     empty = Site(tmp_path / "root", tmp_path / "cache", [MemoryEngine()])
     empty.begin()

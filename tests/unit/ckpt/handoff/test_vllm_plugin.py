@@ -102,9 +102,9 @@ def test_many_requests_at_once_pull_once(
 ) -> None:
     publish_one(root, seed=1)
     pulls = []
-    fetch = Registry.fetch
+    place = Registry.place
     monkeypatch.setattr(
-        Registry, "fetch", lambda self, v, into: pulls.append(v.name) or fetch(self, v, into)
+        Registry, "place", lambda self, v, into: pulls.append(v.name) or place(self, v, into)
     )
     found = ask(server, *[NAME, "run7-v00000002"] * 4)
     assert all(isinstance(item, fake_vllm.LoRARequest) for item in found)
@@ -214,9 +214,9 @@ def test_a_pull_that_takes_too_long_goes_on_for_the_next_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     go = threading.Event()
-    fetch = Registry.fetch
+    place = Registry.place
     monkeypatch.setattr(
-        Registry, "fetch", lambda self, v, into: go.wait(30) and fetch(self, v, into)
+        Registry, "place", lambda self, v, into: go.wait(30) and place(self, v, into)
     )
     monkeypatch.setenv("CKPT_VLLM_TIMEOUT", "0.05")
     monkeypatch.setenv("CKPT_VLLM_CACHE", str(tmp_path / "cache2"))
