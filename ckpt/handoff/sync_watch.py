@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,10 @@ from .sync_status import SyncStatus
 
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
+HURRY_S: Final = 0.03
+HURRY_FOR_S: Final = 30.0
+"""Between two looks, and for how long, once the claim of a version shows that it is being written.
+A trainer that died leaves such a claim, too."""
 FULL_PAUSE_S: Final = 1.0
 """Room in the cache comes when an engine lets go of a version: soon, as a rule."""
 
@@ -59,7 +64,8 @@ class Watcher:
         leases: takes a lease on a version before it is pulled.
         setbacks: versions that are passed over for now, shared with who tries them on engines.
         status: told what happens.
-        poll_s: seconds between two looks, each of which is one listing.
+        poll_s: seconds between two looks, each of which is one listing; fewer while a version is
+            being written.
         on_offer: called after every new offer.
     """
 
@@ -81,6 +87,7 @@ class Watcher:
         self._mutex = threading.Lock()
         self._offer: Offer | None = None
         self._floor = -1
+        self._highest, self._hurry_until = -1, 0.0
         self._store_up = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="ckpt-watch", daemon=True)
@@ -134,6 +141,7 @@ class Watcher:
             names = version_names(self._registry.storage, self._run)
             numbers = [number for (_run, number), has_dir in names.items() if has_dir]
             self._store_up = True
+            self._expect(max((number for _run, number in names), default=-1))
             self._status.store_answered(max(numbers, default=None))
             for number in reversed(numbers):
                 if number <= floor or self._try(version_name(self._run, number)):
@@ -145,6 +153,18 @@ class Watcher:
             self._offer_cached()
             return False
         return True
+
+    def _expect(self, highest: int) -> None:
+        """Note the highest number at the root, which a version has before it can be read."""
+        if highest > self._highest:
+            self._highest, self._hurry_until = highest, time.monotonic() + HURRY_FOR_S
+
+    def _pause_s(self) -> float:
+        """Until the next look; shorter while a version is on its way."""
+        with self._mutex:
+            there = self._floor if self._offer is None else self._offer.version.number
+        hurry = there < self._highest and time.monotonic() < self._hurry_until
+        return min(self._poll_s, HURRY_S) if hurry else self._poll_s
 
     def _offer_cached(self) -> None:
         """While the root does not answer: the newest version that lies here whole.
@@ -183,10 +203,13 @@ class Watcher:
         seen = time.time()
         try:
             version = self._registry.get(name)
-            self._leases.take(name)
             begun = time.monotonic()
             here = self._cache.find(name) is not None
-            directory = self._cache.get(self._registry, version)
+            # Side by side: neither needs the other, and both are needed before it is offered.
+            with ThreadPoolExecutor(1, "ckpt-lease") as pool:
+                leased = pool.submit(self._leases.take, name)
+                directory = self._cache.get(self._registry, version)
+                leased.result()
         except NoCheckpoint:
             self._leases.drop(name)
             return False  # not committed yet, or being deleted: neither is worth a word
@@ -223,7 +246,7 @@ class Watcher:
                 answered = False
             if answered:
                 backoff.succeeded()
-                pause = self._poll_s
+                pause = self._pause_s()
             else:
                 pause = backoff.failed()
             self._stop.wait(pause)

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.memory_engine import MemoryEngine
 from support.published import damage, publish_one
 
-from ckpt.errors import ConfigError, StorageError
+from ckpt.errors import ConfigError, NoCheckpoint, StorageError
 from ckpt.handoff import sync, sync_watch
 from ckpt.handoff.cache import VersionCache
 from ckpt.handoff.registry import Registry, Version
@@ -360,19 +361,60 @@ def test_leases_follow_what_is_served(site: Site) -> None:
     keeper.stop()
 
 
-def test_a_version_is_leased_before_it_is_pulled(
+def test_a_version_is_leased_before_it_is_offered(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    pulled, offered = threading.Event(), []
+    lease = Registry.lease
+
+    def slow(self: Registry, *args: Any) -> object:
+        assert pulled.wait(10)  # the copy does not wait for the lease
+        offered.append(site.watcher.offer())
+        return lease(self, *args)
+
     place = Registry.place
 
     def watched(self: Registry, v: Version, into: Path) -> Path:
-        seen.append(held(site, 1))
-        return place(self, v, into)
+        found = place(self, v, into)
+        pulled.set()
+        return found
 
+    monkeypatch.setattr(Registry, "lease", slow)
     monkeypatch.setattr(Registry, "place", watched)
+    site.watcher.look()
+    assert offered == [None]
+    assert site.watcher.offer() is not None
+    assert held(site, 1) == ["me"]
+
+
+def test_a_version_without_a_lease_is_not_offered(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise NoCheckpoint("it is being deleted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "lease", refused)
+        site.turn()
+        assert site.live is None
     site.turn()
-    assert seen == [["me"]]
+    assert site.live == name(1)
+
+
+def test_a_claim_shortens_the_time_between_looks(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.begin(poll_s=60.0)
+    site.turn()
+    assert site.watcher._pause_s() == 60.0
+    claim = site.root / "adapters" / f"{name(2)}.claim.json"
+    claim.write_bytes((site.root / "adapters" / f"{name(1)}.claim.json").read_bytes())
+    site.turn()
+    assert site.watcher._pause_s() == sync_watch.HURRY_S
+    # Not for ever: its writer may have died.
+    later = time.monotonic() + sync_watch.HURRY_FOR_S + 1
+    monkeypatch.setattr(sync_watch.time, "monotonic", lambda: later)
+    assert site.watcher._pause_s() == 60.0
 
 
 def held(site: Site, number: int) -> list[str]:
