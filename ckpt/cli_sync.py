@@ -66,7 +66,7 @@ def sync_command(
     ] = 600.0,
     holder: Annotated[
         str | None,
-        typer.Option("--holder", help="Name of the leases; by default made of host and run."),
+        typer.Option("--holder", help="Name of the leases; by default of host, run and cache."),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="Name under which engines serve the base.")
@@ -88,7 +88,7 @@ def sync_command(
     with reported(as_json=False):
         config = SyncConfig(
             run=run,
-            holder=default_holder(socket.gethostname(), run) if holder is None else holder,
+            holder=default_holder(socket.gethostname(), run, cache) if holder is None else holder,
             poll_s=poll,
             check_s=check,
             lease_ttl_s=lease_ttl,

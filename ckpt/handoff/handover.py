@@ -187,7 +187,10 @@ class Handover:
             tuple(replicas),
             (time.monotonic() - began) * 1e3,
         )
-        log.warning("brought back: %s", report.explain())
+        if report.failures:
+            log.warning("not brought back to %s: %s", version.name, report.reasons())
+        else:
+            log.info("brought back to %s: %s", version.name, ", ".join(one.url for one in lost))
         return report
 
     def unload_unused(self) -> tuple[UnloadReport, ...]:
@@ -213,9 +216,23 @@ class Handover:
         return tuple(reports)
 
     def _bring_everywhere(self, version: Version, directory: Path) -> list[ReplicaReport]:
-        """One after the other until one has proven it, then the rest side by side."""
+        """One after the other until one has proven it, then the rest side by side.
+
+        Those that serve the live version come first: one that is down would only cost its deadline.
+        """
+        reports = self._bring_in_turn(
+            sorted(self._engines, key=lambda engine: engine.url not in self._proven),
+            version,
+            directory,
+        )
+        by_url = {report.url: report for report in reports}
+        return [by_url[engine.url] for engine in self._engines]
+
+    def _bring_in_turn(
+        self, engines: Sequence[Engine], version: Version, directory: Path
+    ) -> list[ReplicaReport]:
         reports: list[ReplicaReport] = []
-        waiting = list(self._engines)
+        waiting = list(engines)
         while waiting:
             report = self._bring(waiting.pop(0), version, directory)
             reports.append(report)

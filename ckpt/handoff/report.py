@@ -75,10 +75,13 @@ class HandoverReport:
         proven = len(self.replicas) - len(self.failures)
         head = f"{self.version} is {'live' if self.live else 'not live'}"
         head += f" ({proven} of {len(self.replicas)} replicas, {self.total_ms:.0f} ms)"
-        if not self.live and self.previous is not None:
+        if not self.live and self.previous not in (None, self.version):
             head += f"; {self.previous} still is"
-        reasons = [item.reason or f"{item.url}: {item.state}" for item in self.failures]
-        return "; ".join([head, *reasons])
+        return f"{head}; {self.reasons()}" if self.failures else head
+
+    def reasons(self) -> str:
+        """Which replica failed, and why."""
+        return "; ".join(item.reason or f"{item.url}: {item.state}" for item in self.failures)
 
     def raise_if_failed(self) -> None:
         """Make a failure an error.

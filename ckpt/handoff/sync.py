@@ -11,12 +11,15 @@ A sidecar that was killed finds all of it again.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from ckpt.errors import CkptError, ConfigError, StorageError
@@ -30,7 +33,7 @@ from .handover import DEFAULT_SLOTS, Handover
 from .lease_keeper import LeaseKeeper
 from .registry import LOCAL_POLL_S, REMOTE_POLL_S, Registry, Version
 from .report import HandoverReport
-from .sync_status import Switch, SyncStatus
+from .sync_status import NOT_ASKED, Switch, SyncStatus
 from .sync_watch import Offer, Watcher
 
 STOP_SECONDS: Final = 10.0
@@ -38,6 +41,8 @@ STOP_SECONDS: Final = 10.0
 FIRST_REST_S: Final = 5.0
 LONGEST_REST_S: Final = 600.0
 """A version that was damaged, or that an engine refused, is tried again after so long."""
+LONGEST_RESTORE_S: Final = 60.0
+"""A replica that cannot be brought back is tried at least this often; at once when it changes."""
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +160,8 @@ class Sidecar:
         self._listed: dict[str, frozenset[str]] = {}
         self._backoff = Backoff(max(0.5, config.check_s), 30.0)
         self._not_before = 0.0
+        self._restoring = Backoff(max(0.5, config.check_s), LONGEST_RESTORE_S)
+        self._restore_at = 0.0
         self._switched = 0.0
         self._tidied = 0.0
 
@@ -190,8 +197,8 @@ class Sidecar:
         if offer is not None and newer and time.monotonic() >= self._not_before:
             self._protect(offer)
             self._hand_over(offer)
-        elif current is not None and self._whole(current):
-            self._note(self._handover.restore_missing())
+        elif current is not None and time.monotonic() >= self._restore_at:
+            self._restore(current)
         self._tidy()
         self._protect(offer)
         self._tell()
@@ -207,18 +214,27 @@ class Sidecar:
 
     def _look(self) -> None:
         """Ask every engine what it has loaded; one that does not answer keeps its last list."""
+        current = self._handover.current
         with ThreadPoolExecutor(len(self._engines), "ckpt-look") as pool:
             for engine, answer in zip(
                 self._engines, pool.map(_adapters, self._engines), strict=True
             ):
+                before = self.status.replicas()[engine.url]
                 if isinstance(answer, EngineError):
                     problem = " ".join(str(answer).split())
                     self.status.replica(engine.url, up=False, problem=problem)
+                    if before.up or before.problem == NOT_ASKED:
+                        log.warning("an engine is away, asking on: %s", problem)
                     continue
+                had = self._listed.get(engine.url, frozenset())
                 self._listed[engine.url] = frozenset(answer)
-                if not self.status.replicas()[engine.url].up:
+                if not before.up:
                     self.status.replica(engine.url, up=True, problem=None)
-                    self._not_before = 0.0  # what failed because it was away need not wait
+                    log.info("%s answers; adapters on its list: %d", engine.url, len(answer))
+                    # What failed because it was away need not wait.
+                    self._not_before = self._restore_at = 0.0
+                elif current is not None and current.name in had - self._listed[engine.url]:
+                    self._restore_at = 0.0  # it was restarted between two looks
 
     def _hand_over(self, offer: Offer) -> None:
         report = self._handover.make_live(offer.version, offer.directory)
@@ -261,6 +277,17 @@ class Sidecar:
         ]
         name, now = offer.version.name, time.time()
         self.status.switched(Switch(name, offer.seen, offer.cached, now, *longest))
+
+    def _restore(self, current: Version) -> None:
+        """Bring engines back that do not serve the live version; ever more seldom if they fail."""
+        if not self._whole(current):
+            return
+        report = self._handover.restore_missing()
+        self._note(report)
+        if report is None or not report.failures:
+            self._restoring.succeeded()
+        else:
+            self._restore_at = time.monotonic() + self._restoring.failed()
 
     def _whole(self, current: Version) -> bool:
         """Whether the live version may be loaded again, where an engine has lost it.
@@ -332,12 +359,17 @@ def _adapters(engine: Engine) -> dict[str, str | None] | EngineError:
         return error
 
 
-def default_holder(host: str, run: str) -> str:
-    """A holder's name that a restart on the same host finds again.
+def default_holder(host: str, run: str, cache: Path) -> str:
+    """A holder's name that a restart on the same host finds again, and nobody else has.
+
+    The cache stands in it as a digest: it is one process's alone, where a host may have several
+    sidecars of a run, and two that shared a name would give each other's leases back.
 
     Raises:
         ConfigError: no such run's name.
     """
     check_run_name(run)
     safe = "".join(char if char.isascii() and char.isalnum() else "-" for char in host).strip("-")
-    return check_name("lease holder", f"sync-{safe[:50]}-{run}"[:100])
+    place = "\n".join((host, run, os.path.realpath(cache.expanduser())))
+    mark = hashlib.sha256(place.encode()).hexdigest()[:8]
+    return check_name("lease holder", f"sync-{safe[:40]}-{run[:40]}-{mark}")

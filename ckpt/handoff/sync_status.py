@@ -18,6 +18,8 @@ from ckpt.about import package_version
 
 from .registry import Version
 
+NOT_ASKED: Final = "not asked yet"
+
 STALL_S: Final = 900.0
 """The loop over the engines counts as stuck after this long: longer than any load may take."""
 
@@ -34,7 +36,7 @@ class ReplicaState:
 
     up: bool = False
     live: str | None = None
-    problem: str | None = "not asked yet"
+    problem: str | None = NOT_ASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class SyncStatus:
         self._current: tuple[str, int] | None = None
         self._to_live_s: float | None = None
         self._last_switch: Switch | None = None
-        self._store_problem: str | None = "not asked yet"
+        self._store_problem: str | None = NOT_ASKED
         self._beat = clock()
         self._cache: tuple[int, int] = (0, 0)
         self._leases: Mapping[str, float] = {}

@@ -89,6 +89,7 @@ class Watcher:
         self._floor = -1
         self._highest, self._hurry_until = -1, 0.0
         self._store_up = False
+        self._told_empty = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="ckpt-watch", daemon=True)
 
@@ -143,6 +144,8 @@ class Watcher:
             self._store_up = True
             self._expect(max((number for _run, number in names), default=-1))
             self._status.store_answered(max(numbers, default=None))
+            if not numbers:
+                self._tell_empty()
             for number in reversed(numbers):
                 if number <= floor or self._try(version_name(self._run, number)):
                     break
@@ -165,6 +168,21 @@ class Watcher:
             there = self._floor if self._offer is None else self._offer.version.number
         hurry = there < self._highest and time.monotonic() < self._hurry_until
         return min(self._poll_s, HURRY_S) if hurry else self._poll_s
+
+    def _tell_empty(self) -> None:
+        """Say once that there is nothing to serve: no version yet, or a run or root misspelt."""
+        if self._told_empty:
+            return
+        present = {run for run, _number in version_names(self._registry.storage)}
+        runs = sorted(present - {self._run})
+        others = f"there are versions of {', '.join(runs)}" if runs else "nor of any other run"
+        log.warning(
+            "no version of %s in %s yet (%s); waiting for the first",
+            self._run,
+            self._registry.url,
+            others,
+        )
+        self._told_empty = True
 
     def _offer_cached(self) -> None:
         """While the root does not answer: the newest version that lies here whole.

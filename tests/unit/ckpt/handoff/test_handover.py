@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.handovers import HOLDER, World, lists, loads_of
@@ -13,6 +14,7 @@ from support.probed_versions import PROMPT, publish_for
 
 from ckpt.errors import ConfigError, StorageError
 from ckpt.handoff.drivers import open_engine
+from ckpt.handoff.engine import Engine
 from ckpt.handoff.handover import Handover
 from ckpt.handoff.registry import Registry
 from ckpt.handoff.report import HandoverFailed
@@ -247,6 +249,29 @@ def test_a_quorum_switches_without_a_replica_that_is_away(world: World):
     world.servers[0].start()
     assert handover.restore_missing().live
     assert len(handover.serving) == 2
+
+
+def test_a_replica_that_is_away_does_not_hold_the_others_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    handover = world.handover(quorum=1, retries=0, retry_pause_s=0)
+    old, old_path = world.version()
+    handover.make_live(old, old_path).raise_if_failed()
+    world.servers[0].kill()
+    assert handover.restore_missing() is not None
+    new, new_path = world.version()
+    asked: list[str] = []
+    bring = handover._bringer.bring
+
+    def noted(engine: Engine, *rest: Any) -> Any:
+        asked.append(engine.url)
+        return bring(engine, *rest)
+
+    monkeypatch.setattr(handover._bringer, "bring", noted)
+    report = handover.make_live(new, new_path)
+    report.raise_if_failed()
+    assert asked == [world.engines[1].url, world.engines[0].url]
+    assert [item.url for item in report.replicas] == [engine.url for engine in world.engines]
 
 
 def test_leases_of_others_keep_an_old_version_loaded(world: World):

@@ -519,11 +519,101 @@ def test_a_setting_that_cannot_work_is_refused(changes: dict) -> None:
         SyncConfig(**{"run": "run7", "holder": "me", **changes})
 
 
-def test_a_holder_is_the_same_after_a_restart_and_safe() -> None:
-    assert default_holder("node-3.example", "run7") == "sync-node-3-example-run7"
-    assert default_holder("node-3.example", "run7") == default_holder("node-3.example", "run7")
-    assert default_holder("ü" * 300, "r") == "sync--r"
-    assert len(default_holder("n" * 300, "r" * 80)) <= 100
+def test_a_holder_is_the_same_after_a_restart_and_nobody_elses(tmp_path: Path) -> None:
+    mine = default_holder("node-3.example", "run7", tmp_path / "a")
+    assert mine.startswith("sync-node-3-example-run7-")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert default_holder("node-3.example", "run7", tmp_path / "link" / "a") == mine
+    others = {
+        default_holder("node-3.example", "run7", tmp_path / "b"),  # another sidecar on the host
+        default_holder("node-3-example", "run7", tmp_path / "a"),
+        default_holder("n" * 300, "r" * 80, tmp_path / "a"),
+        default_holder("n" * 300, "r" * 79, tmp_path / "a"),
+        default_holder("ü" * 300, "r", tmp_path / "a"),
+    }
+    assert len(others - {mine}) == 5
+    assert all(len(holder) <= 100 for holder in others)
+
+
+def test_an_engine_that_goes_away_and_comes_back_is_said_once(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.engines[0].away = True
+    with caplog.at_level(logging.INFO, logger="ckpt.handoff.sync"):
+        for away in (True, True, False, False, True, True):
+            site.engines[0].away = away
+            site.turn()
+    said = [record.getMessage() for record in caplog.records if record.name == "ckpt.handoff.sync"]
+    assert [("away" in text, "answers" in text) for text in said] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    assert "http://127.0.0.1:1" in said[0]
+    assert "connection refused" in said[0]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_that_nothing_is_published_under_the_name_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, elsewhere: bool
+) -> None:
+    site = Site(tmp_path / "root", tmp_path / "cache", [MemoryEngine()])
+    if elsewhere:
+        publish_one(site.root, run="run8")
+    site.begin()
+    for _ in range(3):
+        site.turn()
+    (said,) = [r.getMessage() for r in caplog.records if "waiting for the first" in r.getMessage()]
+    assert str(site.root) in said
+    assert "run7" in said
+    assert ("versions of run8" in said) == elsewhere
+
+
+def test_an_engine_that_will_not_take_the_live_version_back_is_asked_ever_more_seldom(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(sync.time, "monotonic", lambda: now)
+    site.turn()
+    engine = site.engines[0]
+    engine.refuses.add(name(1))
+    engine.restart()
+    for _ in range(300):  # ten minutes
+        now += 2.0
+        site.turn()
+    tries = len(engine.loads) - 1
+    assert 10 <= tries <= 40
+    assert not site.ready
+    (said, *_) = [r.getMessage() for r in caplog.records if "not brought back" in r.getMessage()]
+    assert "no such module" in said
+    assert "still is" not in said
+    engine.refuses.clear()
+    engine.loaded = {"somebodys": None}
+    now += 60.0
+    site.turn()
+    assert site.ready
+    engine.restart()  # and the next loss is mended at once
+    now += 2.0
+    site.turn()
+    assert site.ready
+
+
+def test_a_restart_between_two_looks_need_not_wait_for_another_engines_pause(
+    tmp_path: Path,
+) -> None:
+    engines = [MemoryEngine(f"http://127.0.0.1:{port}") for port in (1, 2)]
+    site = Site(tmp_path / "root", tmp_path / "cache", engines)
+    site.publish()
+    site.begin()
+    site.turn()
+    assert site.ready
+    engines[0].refuses.add(name(1))
+    engines[0].restart()
+    site.turn()
+    assert site.sidecar._restore_at > time.monotonic()
+    engines[1].restart()
+    site.turn()
+    assert name(1) in engines[1].loaded
 
 
 def test_log_lines_hold_no_control_characters(site: Site, caplog: pytest.LogCaptureFixture) -> None:
