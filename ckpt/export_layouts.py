@@ -157,10 +157,15 @@ def write_placed(where: Place, write: Callable[[str], WrittenAdapter]) -> Writte
         StorageError: the store failed; what ``write`` raises passes through.
     """
     if where.staging == where.url:
-        return write(where.url)
+        try:
+            return write(where.url)
+        except AlreadyExists as error:
+            if not where.use:
+                raise
+            raise _taken(where.url) from error
     staging, target = Path(where.staging), Path(where.url)
     if target.exists():
-        raise AlreadyExists(f"{target} exists already; choose another name")
+        raise _taken(where.url)
     written = write(where.staging)
     storage = open_storage(staging.parent)
     try:
@@ -168,3 +173,10 @@ def write_placed(where: Place, write: Callable[[str], WrittenAdapter]) -> Writte
     finally:
         storage.delete_tree(staging.name)  # nothing is there any more, unless the rename failed
     return written
+
+
+def _taken(url: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"{url} exists already, and what is served under a name is never replaced; give this "
+        "adapter another one (--name)"
+    )

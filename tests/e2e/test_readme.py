@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from ckpt.cli_commands import app
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -37,6 +41,21 @@ def run(folder: Path) -> str:
     return done.stdout
 
 
+def commands() -> list[list[str]]:
+    """What the README has one type into a shell, word by word, comments left out."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_commands_are_ones_that_there_are() -> None:
+    group = typer.main.get_command(app)
+    ours = [words[1:] for words in commands() if words[:1] == ["ckpt"]]
+    assert {words[0] for words in ours} >= {"versions", "lint", "sync"}
+    for name, *words in ours:
+        command = group.commands[name]
+        command.make_context(name, words)  # parses, runs nothing
+
+
 def test_example_is_about_twenty_lines() -> None:
     assert sum(bool(line.strip()) for line in example().splitlines()) <= 20
 
@@ -51,3 +70,17 @@ def test_example_runs_and_resumes(tmp_path: Path) -> None:
     for folder in adapters:
         names = {p.name for p in folder.iterdir()}
         assert names == {"MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"}
+
+    for words in commands():
+        if words[:2] in (["ckpt", "versions"], ["ckpt", "lint"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "ckpt.cli", *words[1:]],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            shown = done.stdout
+            assert done.returncode == (words[1] == "lint"), done.stderr  # SGLang's objection
+            assert ("sglang: refused" if words[1] == "lint" else "run-v00000004") in shown

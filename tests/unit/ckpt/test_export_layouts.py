@@ -152,6 +152,8 @@ class TestNothingIsReplacedOrConfused:
         again = export(*arguments)
         assert again.exit_code == 2
         assert "exists already" in again.stderr
+        assert "--name" in again.stderr
+        assert "overwrite" not in again.stderr  # which is refused with a layout
         assert (out / "customer-a" / WEIGHTS_NAME).read_bytes() == before
 
     @pytest.mark.parametrize(("there", "name"), [("ab", "a"), ("a", "ab"), ("a.json", "a")])
