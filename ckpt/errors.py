@@ -24,6 +24,7 @@ standard-library parent so that callers can catch it without importing us::
     ├── PublishError           (RuntimeError)       the version failed; the step is not affected
     ├── HandoffTimeout         (TimeoutError)       no newer version, or no answer, in time
     ├── CacheFull              (RuntimeError)       what is in use leaves a cache no room
+    │   └── TooLargeForCache                        one version alone is above the bound
     ├── handoff.engine.EngineError (RuntimeError)   a replica did not do what it was asked
     │   ├── EngineUnreachable                       no answer; it may have been done
     │   └── AdapterRefused                          it will not take this adapter
@@ -116,3 +117,7 @@ class HandoffTimeout(CkptError, TimeoutError):
 
 class CacheFull(CkptError, RuntimeError):
     """A node's cache has no room for a version beside those that may not be deleted."""
+
+
+class TooLargeForCache(CacheFull):
+    """A version alone is larger than a cache's bound, so that waiting would not help."""

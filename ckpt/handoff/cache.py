@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from ckpt.catalog import check_bytes
-from ckpt.errors import CacheFull, ConfigError, DamagedError, ObjectNotFound, StorageError
+from ckpt.errors import (
+    CacheFull,
+    ConfigError,
+    DamagedError,
+    ObjectNotFound,
+    StorageError,
+    TooLargeForCache,
+)
 from ckpt.layout import (
     MANIFEST,
     TMP_PREFIX,
@@ -195,6 +202,7 @@ class VersionCache:
         Raises:
             NoCheckpoint: the version is gone.
             CacheFull: the bounds leave no room beside what may not be deleted.
+            TooLargeForCache: they never will; nothing was deleted for it.
             ConfigError: another adapter of that name lies here: the cache is another root's.
             DamagedError: the version's bytes do not verify.
             StorageError: the root, or the disk, failed.
@@ -226,6 +234,12 @@ class VersionCache:
         return self._evict(0, 0, None)
 
     def _make_room(self, size: int, name: str) -> None:
+        if self._max_bytes is not None and size > self._max_bytes:
+            msg = (
+                f"{name} has {size} bytes, and the bounds of {self._dir} are {self._bounds()}: it "
+                "can never lie there; raise them"
+            )
+            raise TooLargeForCache(msg)
         self._evict(size, 1, name)
         others = [entry for entry in self.entries() if entry.name != name]
         total = sum(entry.bytes for entry in others)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ckpt.errors import CacheFull, CkptError, ConfigError, DamagedError, NoCheckpoint, StorageError
+from ckpt.errors import (
+    CacheFull,
+    CkptError,
+    ConfigError,
+    DamagedError,
+    NoCheckpoint,
+    StorageError,
+    TooLargeForCache,
+)
 from ckpt.layout import parse_version_name, version_name
 from ckpt.versions import version_names
 
@@ -234,6 +242,10 @@ class Watcher:
         except DamagedError as error:
             self._leases.drop(name)
             self._pass_over(name, "damaged", error)
+            return False
+        except TooLargeForCache as error:
+            self._leases.drop(name)
+            self._pass_over(name, "pull", error)
             return False
         except (CacheFull, ConfigError) as error:
             self._leases.drop(name)

@@ -7,12 +7,20 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.published import damage, publish_one
 
-from ckpt.errors import CacheFull, ConfigError, DamagedError, NoCheckpoint, StorageError
+from ckpt.errors import (
+    CacheFull,
+    ConfigError,
+    DamagedError,
+    NoCheckpoint,
+    StorageError,
+    TooLargeForCache,
+)
 from ckpt.handoff.cache import VersionCache
 from ckpt.handoff.registry import Registry
 from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME
@@ -106,8 +114,19 @@ def test_bytes_bound_the_cache_too(registry: Registry, tmp_path: Path) -> None:
         sizes.append(sum(entry.bytes for entry in cache.entries()))
     assert max(sizes) <= 2 * one + one // 2
     assert name(4) in names(cache)
-    with pytest.raises(CacheFull, match=f"the bounds are {one // 2} bytes"):
-        VersionCache(tmp_path / "small", max_bytes=one // 2).get(registry, registry.get(1))
+
+
+def test_for_what_can_never_fit_nothing_is_deleted(registry: Registry, tmp_path: Path) -> None:
+    one = registry.get(1).bytes
+    first = VersionCache(tmp_path / "cache")
+    first.get(registry, registry.get(1))
+    first.close()
+    cache = VersionCache(tmp_path / "cache", max_bytes=one)
+    cache.use([])
+    large = replace(registry.get(2), files=registry.get(2).files * 2)
+    with pytest.raises(TooLargeForCache, match=f"bounds of .* are {one} bytes.*raise them"):
+        cache.get(registry, large)
+    assert names(cache) == [name(1)]
 
 
 def test_what_was_unloaded_stays_for_its_grace(registry: Registry, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +347,33 @@ def test_a_full_cache_is_said_and_not_the_end(site: Site) -> None:
     for _ in range(3):
         site.turn()
     assert site.live == name(3)
+
+
+def test_a_version_that_no_cache_could_hold_is_passed_over_for_one_that_fits(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "FIRST_REST_S", 60.0)
+    site.publish(1)
+    site.begin()
+    assert site.cache is not None
+    fits = site.registry.get(1).bytes
+    site.cache._max_bytes = fits
+    get = site.registry.get
+    large = {name(2): replace(get(2), files=get(2).files * 2)}
+    monkeypatch.setattr(site.registry, "get", lambda which: large.get(which) or get(which))
+    puts: list[str] = []
+    put = site.registry.storage.put
+    monkeypatch.setattr(
+        site.registry.storage, "put", lambda path, data: (puts.append(path), put(path, data))[1]
+    )
+    now = 1000.0
+    monkeypatch.setattr(site.sidecar._setbacks, "_clock", lambda: now)
+    for _ in range(10):
+        now += 2.0
+        site.turn()
+    assert (site.ready, site.live) == (True, name(1))
+    assert "raise them" in site.problems[name(2)]
+    assert sum(name(2) in path for path in puts) == 1, "a lease a look would never end"
 
 
 def test_leases_follow_what_is_served(site: Site) -> None:
