@@ -72,12 +72,14 @@ def apply_lora(
     modules = dict(canonical_modules(model))
     hf_names = _hf_names(list(modules), name_map)
     by_hf = {hf: fqn for fqn, hf in hf_names.items()}
+    refused = _untargetable(modules, hf_names)
     chosen = match_targets(
         config,
-        hf_names.values(),
+        dict.fromkeys([*hf_names.values(), *refused]),
         linear_names={hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)},
         output_names=_output_names(model, modules, hf_names),
     )
+    _check_targetable(chosen, refused)
     owners = _owners(model)
     for hf in chosen:
         check_base(modules[by_hf[hf]], hf)
@@ -91,7 +93,7 @@ def apply_lora(
     record = AppliedLoRA(
         config=config,
         matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
-        module_names=tuple(hf_names.values()),
+        module_names=tuple(dict.fromkeys([*hf_names.values(), *refused])),
     )
     model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
     # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.
@@ -104,6 +106,18 @@ def apply_lora(
         ", ".join(chosen),
     )
     return record
+
+
+@runtime_checkable
+class Untargetable(Protocol):
+    """A module that holds, or is, what PEFT or the engines would not adapt alike."""
+
+    def untargetable(self, hf_name: str) -> Mapping[str, str]:
+        """Why not, by the HF names concerned, given the module's own.
+
+        The names may be of no module here, as those of experts that lie stacked in one tensor.
+        """
+        ...
 
 
 def initialise_adapters(model: nn.Module) -> None:
@@ -177,6 +191,25 @@ def _hf_names(fqns: list[str], name_map: NameMap | None) -> dict[str, str]:
             msg = f"name_map gives both {other!r} and {fqn!r} the HF name {names[fqn]!r}"
             raise TargetError(msg)
     return names
+
+
+def _untargetable(modules: Mapping[str, nn.Module], hf_names: Mapping[str, str]) -> dict[str, str]:
+    """Why not, by HF name, of all that modules say must not be adapted."""
+    return {
+        name: reason
+        for fqn, module in modules.items()
+        if fqn and isinstance(module, Untargetable)
+        for name, reason in module.untargetable(hf_names[fqn]).items()
+    }
+
+
+def _check_targetable(chosen: tuple[str, ...], refused: Mapping[str, str]) -> None:
+    """Adapting the rest in silence would train less than was asked for."""
+    wrong = [name for name in chosen if name in refused]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        msg = f"target_modules selects {wrong[0]}{more}, but {refused[wrong[0]]}"
+        raise TargetError(msg)
 
 
 def _output_names(

@@ -104,10 +104,13 @@ class BaseStateDictAdapter(ABC):
         from archon_lora.targets import match_targets, target_names
 
         linear = self._written_out(self.to_peft_module_map())
-        names = list(self._written_out(self._module_map).values())
+        names = [*self._written_out(self._module_map).values(), *self.untargetable()]
         heads = {linear[self.output_module]} if self.output_module in linear else set()
         chosen = match_targets(
-            lora_config, names, linear_names=set(linear.values()), output_names=heads
+            lora_config,
+            names,
+            linear_names=set(linear.values()) | self.refused_linear(),
+            output_names=heads,
         )
         wrong = sorted(set(chosen) - set(linear.values()))
         if wrong:
@@ -116,6 +119,14 @@ class BaseStateDictAdapter(ABC):
         return lora_config.to_peft(
             base_model_name=base_model_name_or_path, target_modules=target_names(chosen, names)
         )
+
+    def untargetable(self) -> list[str]:
+        """HF names under which PEFT may know modules that are none here, as stacked experts."""
+        return []
+
+    def refused_linear(self) -> frozenset[str]:
+        """HF names of linear layers that ``"all-linear"`` selects and that take no adapter."""
+        return frozenset()
 
     def _written_out(self, modules: Mapping[str, str]) -> dict[str, str]:
         """A table of modules with the index of every layer of this model in place of ``{}``."""
@@ -148,15 +159,37 @@ class BaseStateDictAdapter(ABC):
         Raises:
             UnmappedName: no table has the name.
         """
+        try:
+            return [(self._hf_name(name), tensor)]
+        except UnmappedName as error:
+            msg = f"{error} (shape {tuple(tensor.shape)})"
+            raise UnmappedName(msg) from None
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """HF names of the tensors that hold one of Archon's.
+
+        Args:
+            name: Archon name; the prefixes of wrappers are removed.
+
+        Returns:
+            One name for a tensor that is stored as it is. Several for one that is a stack: they
+            hold its slices along the first dimension, in order.
+
+        Raises:
+            UnmappedName: no table has the name.
+        """
+        return (self._hf_name(name),)
+
+    def _hf_name(self, name: str) -> str:
         template, indices = template_of(canonical_fqn(name))
         hf = self.to_hf_map.get(template)
         if hf is None:
             msg = (
-                f"{type(self).__name__} has no HuggingFace name for {name!r} "
-                f"(shape {tuple(tensor.shape)}); add it to the map, it must not be dropped"
+                f"{type(self).__name__} has no HuggingFace name for {name!r}; "
+                "add it to the map, it must not be dropped"
             )
             raise UnmappedName(msg)
-        return [(hf.format(*indices), tensor)]
+        return hf.format(*indices)
 
     def to_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert a whole state dict, base and adapter tensors alike.

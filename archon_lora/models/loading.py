@@ -52,11 +52,22 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A tensor of which this rank holds a part, and where that part lies in the HF tensor."""
+    """A tensor of which this rank holds a part, and where that part lies in it.
 
-    hf_name: str
+    Attributes:
+        hf_names: the HF tensor, or for a stack its slices along the first dimension.
+        tensor: the model's.
+        index: this rank's part, one slice a dimension.
+    """
+
+    hf_names: tuple[str, ...]
     tensor: Tensor
     index: tuple[slice, ...]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the HF tensors have one dimension less."""
+        return len(self.hf_names) > 1
 
 
 def load_hf_weights(
@@ -88,8 +99,20 @@ def load_hf_weights(
         ]
         _check_aliases(reads, adapter, weights)
         for read in reads:
-            copy_local_(read.tensor, weights.read(read.hf_name, read.index))
+            _copy(read, weights)
         return LoadReport(tensors=len(reads), bytes_read=weights.bytes_read)
+
+
+def _copy(read: _Read, weights: HFWeights) -> None:
+    """Fill this rank's part of a tensor; of a stack, from the slices that it holds."""
+    if not read.is_stack:
+        copy_local_(read.tensor, weights.read(read.hf_names[0], read.index))
+        return
+    held, *rest = read.index
+    tensor = read.tensor
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    for part, hf_name in zip(local.detach(), read.hf_names[held], strict=True):
+        copy_local_(part, weights.read(hf_name, tuple(rest)))
 
 
 def load_pretrained(
@@ -169,27 +192,27 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _match(
     targets: Mapping[str, Tensor], adapter: BaseStateDictAdapter, weights: HFWeights
-) -> dict[str, str]:
-    """HF name of every target, after comparing both sides completely.
+) -> dict[str, tuple[str, ...]]:
+    """HF names of every target, after comparing both sides completely.
 
     Raises:
         ModelLoadError: lists every missing, unexpected and misshapen key.
     """
-    hf_names: dict[str, str] = {}
+    hf_names: dict[str, tuple[str, ...]] = {}
     problems: list[str] = []
     for fqn, tensor in targets.items():
-        [(hf_name, _)] = adapter.convert_single_to_hf(fqn, tensor)
-        hf_names[fqn] = hf_name
-        stored = weights.shapes.get(hf_name)
-        if stored is None:
-            problems.append(f"missing: {hf_name} (for {fqn}, shape {tuple(tensor.shape)})")
-        elif stored != tuple(tensor.shape):
-            problems.append(
-                f"wrong shape: {hf_name} is {stored}, the model wants {tuple(tensor.shape)}"
-            )
+        hf_names[fqn] = adapter.stored_as(fqn)
+        wanted = tuple(tensor.shape)[1 if len(hf_names[fqn]) > 1 else 0 :]
+        for hf_name in hf_names[fqn]:
+            stored = weights.shapes.get(hf_name)
+            if stored is None:
+                problems.append(f"missing: {hf_name} (for {fqn}, shape {wanted})")
+            elif stored != wanted:
+                problems.append(f"wrong shape: {hf_name} is {stored}, the model wants {wanted}")
+    taken = {hf_name for names in hf_names.values() for hf_name in names}
     problems += [
         f"unexpected: {hf_name}"
-        for hf_name in sorted(set(weights.shapes) - set(hf_names.values()))
+        for hf_name in sorted(set(weights.shapes) - taken)
         if not _is_harmless(hf_name, adapter)
     ]
     if problems:
@@ -220,7 +243,7 @@ def _check_aliases(reads: list[_Read], adapter: BaseStateDictAdapter, weights: H
     Raises:
         ModelLoadError: it differs, so that one of the two would be lost.
     """
-    by_name = {read.hf_name: read for read in reads}
+    by_name = {read.hf_names[0]: read for read in reads if not read.is_stack}
     for alias, original in adapter.hf_aliases().items():
         read = by_name.get(original)
         if alias not in weights.shapes or read is None:

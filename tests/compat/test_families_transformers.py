@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support import ranks_models
 from support.engines import make_engine, moved
-from support.families import CASES, VOCAB, write_family
+from support.families import CASES, TARGETS, VOCAB, fused_experts, write_family
 from support.parity import (
     ALL,
     assert_close,
@@ -36,8 +36,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", params=CASES)
-def directory(request, tmp_path_factory):
-    return write_family(tmp_path_factory.mktemp("family"), request.param)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def directory(case, tmp_path_factory):
+    return write_family(tmp_path_factory.mktemp("family"), case)
 
 
 @pytest.fixture
@@ -63,8 +68,9 @@ def test_logits_names_and_gradients(directory, tokens, mask):
     logits = theirs(tokens).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
     named = dict(theirs.named_parameters())
-    weights = adapter.to_hf(ours.state_dict())
-    grads = adapter.to_hf({name: p.grad for name, p in ours.named_parameters()})
+    weights = fused_experts(adapter.to_hf(ours.state_dict()))
+    grads = {name: p.grad for name, p in ours.named_parameters()}
+    grads = fused_experts(adapter.to_hf(grads))
     assert weights.keys() == grads.keys() == named.keys()
     for name, parameter in named.items():
         assert torch.equal(weights[name], parameter)
@@ -72,13 +78,15 @@ def test_logits_names_and_gradients(directory, tokens, mask):
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_an_adapter_goes_from_peft_to_ours_and_back(directory, tokens, mask, tmp_path):
-    random_peft_adapter(load_theirs(directory), targets=ALL, out=tmp_path / "theirs")
+def test_an_adapter_goes_from_peft_to_ours(case, directory, tokens, mask, tmp_path):
+    targets = TARGETS.get(case, ALL)
+    random_peft_adapter(load_theirs(directory), targets=targets, out=tmp_path / "theirs")
     theirs = PeftModel.from_pretrained(load_theirs(directory), tmp_path / "theirs").eval()
     ours, adapter = load_pretrained(directory)
     with torch.no_grad():
         bare = ours(tokens)
-    apply_lora(ours, LoRAConfig(rank=4, alpha=12), name_map=adapter.module_to_hf)
+    config = LoRAConfig(rank=4, alpha=12, target_modules=targets)
+    apply_lora(ours, config, name_map=adapter.module_to_hf)
     stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     load_adapter_tensors(ours, stored, {"peft_type": "LORA", "r": 4, "lora_alpha": 12})
     with torch.no_grad():
@@ -86,8 +94,11 @@ def test_an_adapter_goes_from_peft_to_ours_and_back(directory, tokens, mask, tmp
     assert_same_logits(ours, theirs, tokens, mask)
 
 
-def test_what_the_engine_saves_is_read_by_peft_and_found_faultless(directory, tokens, tmp_path):
-    with make_engine(str(directory), lora=LoRAConfig(rank=8, alpha=16)) as engine:
+def test_what_the_engine_saves_is_read_by_peft_and_found_faultless(
+    case, directory, tokens, tmp_path
+):
+    lora = LoRAConfig(rank=8, alpha=16, target_modules=TARGETS.get(case, "all-linear"))
+    with make_engine(str(directory), lora=lora) as engine:
         moved(engine)
         save_lora_adapter(engine, tmp_path / "adapter")
         with torch.no_grad():
@@ -106,9 +117,11 @@ def test_what_the_engine_saves_is_read_by_peft_and_found_faultless(directory, to
 def test_two_ranks_compute_the_same(tmp_path):
     """Logits and adapter gradients of every case under FSDP2, recomputed in backward."""
     directories = [str(write_family(tmp_path / case, case)) for case in CASES]
-    ranks = run_ranks(2, ranks_models.train_families, directories, timeout=240)
+    targets = [list(TARGETS.get(case, ALL)) for case in CASES]
+    ranks = run_ranks(2, ranks_models.train_families, directories, targets, timeout=240)
     for index, directory in enumerate(directories):
-        logits, grads = ranks_models.reference(directory, lora=True)
+        lora = ranks_models.adapter_on(targets[index])
+        logits, grads = ranks_models.reference(directory, lora=lora)
         for results in ranks:
             torch.testing.assert_close(results[index]["logits"], logits, rtol=0, atol=1e-5)
             assert results[index]["grads"].keys() == grads.keys()
@@ -117,3 +130,33 @@ def test_two_ranks_compute_the_same(tmp_path):
                 torch.testing.assert_close(
                     results[index]["grads"][name], grad, rtol=1e-4, atol=1e-6
                 )
+
+
+def test_a_router_is_adapted_if_asked_and_read_by_peft(tokens, tmp_path):
+    directory = write_family(tmp_path / "model", "qwen3-moe")
+    lora = LoRAConfig(rank=8, alpha=16, target_modules=["gate", "q_proj"])
+    with make_engine(str(directory), lora=lora) as engine:
+        moved(engine)
+        save_lora_adapter(engine, tmp_path / "adapter")
+        routers = [n for n, _ in engine.model.named_parameters() if "router.gate.lora_" in n]
+        assert len(routers) == 4
+        with torch.no_grad():
+            ours = engine.model.eval()(tokens)
+    theirs = PeftModel.from_pretrained(load_theirs(directory), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert_close(ours, theirs(tokens).logits)
+
+
+@pytest.mark.dist
+def test_experts_are_trained_and_saved_whole_by_two_ranks(tmp_path):
+    """Without LoRA: transformers reads what two ranks saved, and computes the same."""
+    directory = write_family(tmp_path / "model", "qwen3-moe")
+    results = run_ranks(2, ranks_models.save_trained, str(directory), str(tmp_path / "saved"))
+    theirs = load_theirs(tmp_path / "saved")
+    tokens = ranks_models.tokens_for(VOCAB)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        before = load_theirs(directory)(tokens).logits
+    assert (logits - before).abs().max() > 0.01
+    for ours in results:
+        assert_close(ours, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,22 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "rope_parameters": YARN,
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "qwen3-moe-mixed": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": True,
+    },
     "gemma": {"model_type": "gemma", "head_dim": 16, "num_key_value_heads": 1},
     "gemma2": {
         "model_type": "gemma2",
@@ -111,3 +128,29 @@ def write_family(directory: Path, case: str, *, seed: int = 3, **changes: Any) -
                 parameter.copy_(0.15 * value)
     model.save_pretrained(directory)
     return directory
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS: dict[str, Sequence[str]] = {
+    "qwen3-moe": ATTENTION,
+    "qwen3-moe-mixed": ATTENTION,
+}
+"""What is adapted where it is not every linear layer."""
+
+
+def fused_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of single experts as transformers holds them in memory: stacked, gate over up."""
+    rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    single = [name.split(".experts.") for name in tensors if ".experts." in name]
+    for layer in {layer for layer, _ in single}:
+        count = len({name.split(".")[0] for where, name in single if where == layer})
+
+        def stack(kind: str, layer: str = layer, count: int = count) -> torch.Tensor:
+            names = [f"{layer}.experts.{expert}.{kind}.weight" for expert in range(count)]
+            return torch.stack([tensors[name] for name in names])
+
+        rest[f"{layer}.experts.gate_up_proj"] = torch.cat(
+            (stack("gate_proj"), stack("up_proj")), dim=1
+        )
+        rest[f"{layer}.experts.down_proj"] = stack("down_proj")
+    return rest

@@ -88,7 +88,7 @@ def sharded_model(
     directory: str,
     mesh_shape: tuple[int, ...],
     *,
-    lora: bool = False,
+    lora: bool | LoRAConfig = False,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
@@ -101,7 +101,8 @@ def sharded_model(
         model = spec.model_cls(config)
     model.to(dtype)
     if lora:
-        apply_lora(model, ADAPTER, name_map=adapter.module_to_hf)
+        config = ADAPTER if lora is True else lora
+        apply_lora(model, config, name_map=adapter.module_to_hf)
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     spec.parallelize_fn(model, mesh, **options)
@@ -170,11 +171,14 @@ def step(model: nn.Module, vocab: int) -> tuple[torch.Tensor, dict[str, torch.Te
     }
 
 
-def reference(directory: str, *, lora: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def reference(
+    directory: str, *, lora: bool | LoRAConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same on one process without any sharding."""
     model, adapter = load_pretrained(directory)
     if lora:
-        apply_lora(model, ADAPTER, name_map=adapter.module_to_hf)
+        config = ADAPTER if lora is True else lora
+        apply_lora(model, config, name_map=adapter.module_to_hf)
     wake_adapters(model)
     return step(model, model.config.vocab_size)
 
@@ -217,7 +221,28 @@ def train_step(
     return results
 
 
-def train_families(rank: int, world: int, directories: list[str]) -> list[dict[str, Any]]:
+def adapter_on(targets: list[str]) -> LoRAConfig:
+    return LoRAConfig(rank=1, alpha=2, target_modules=targets)
+
+
+def train_families(
+    rank: int, world: int, directories: list[str], targets: list[list[str]]
+) -> list[dict[str, Any]]:
     """Logits and full adapter gradients of models of several families."""
-    cases: list[dict[str, Any]] = [{"lora": True, "activation_checkpointing": True}]
-    return [train_step(rank, world, directory, cases)[0] for directory in directories]
+    results = []
+    for directory, names in zip(directories, targets, strict=True):
+        case = {"lora": adapter_on(names), "activation_checkpointing": True}
+        results += train_step(rank, world, directory, [case])
+    return results
+
+
+def save_trained(rank: int, world: int, directory: str, out: str) -> torch.Tensor:
+    """Train a whole model a little, save it for transformers; its logits."""
+    from archon_lora.engine import SaveLoadMeta
+    from support.engines import make_engine, train
+
+    with make_engine(directory, lora=None) as engine:
+        train(engine, 2)
+        engine.save(SaveLoadMeta(path=out))
+        with torch.no_grad():
+            return engine.model.eval()(tokens_for(96))

@@ -18,16 +18,19 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def read(family, **changes):
-    return get_model_spec(family).config_cls.from_hf({"model_type": family, **BASE, **changes})
+    own = MOE if family == "qwen3_moe" else {}
+    raw = {"model_type": family, **BASE, **own, **changes}
+    return get_model_spec(family).config_cls.from_hf(raw)
 
 
 def test_registry_finds_the_folders():
     assert set(model_specs()) == {
-        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"),
+        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
     }
     for name, spec in model_specs().items():
         assert spec.model_type == spec.config_cls.model_type == name
