@@ -46,6 +46,8 @@ LOCK: Final = ".lock"
 ROOT: Final = ".root"
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt")
 
+_UNKNOWN: Final = "their use unknown, for an engine has not answered even once"
+
 log = logging.getLogger(__name__)
 
 
@@ -247,7 +249,7 @@ class VersionCache:
         too_many = self._max_versions is not None and len(others) + 1 > self._max_versions
         if too_big or too_many:
             used = sum(entry.name in (self._in_use or ()) for entry in others)
-            why = f"{used} in use" if self._in_use is not None else "their use unknown"
+            why = f"{used} in use" if self._in_use is not None else _UNKNOWN
             msg = (
                 f"no room for {name} ({size} bytes) in {self._dir}: {len(others)} versions with "
                 f"{total} bytes stay ({why}, the others pulled last or within "

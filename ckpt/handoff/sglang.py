@@ -22,56 +22,15 @@ from typing import Any, Final
 
 from .engine import AdapterRefused, EngineError, EngineKind
 from .generate import Generated, Sampling, read_sglang, sglang_request
-from .replica import DEFAULT_TIMEOUT_S, Replica
-from .vllm import model_cards
+from .http_engine import HttpEngine
 
 _LINT: Final = "run `ckpt lint DIR --for sglang` on it and see the replica's log"
 
 
-class SglangEngine:
-    """One SGLang server.
-
-    Args:
-        url: its address, ``http://host:port``.
-        api_key: what it was started with as ``--api-key``, if it was.
-        base_model: not needed by SGLang; taken so that all drivers are made alike.
-        timeout_s: how long one answer may take, a load's too.
-
-    Raises:
-        ConfigError: an address or a time that is none.
-    """
+class SglangEngine(HttpEngine):
+    """One SGLang server."""
 
     kind: EngineKind = "sglang"
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        api_key: str | None = None,
-        base_model: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> None:
-        self._replica = Replica(url, api_key=api_key, timeout_s=timeout_s)
-        self._base_model = base_model
-
-    def __repr__(self) -> str:
-        return f"SglangEngine({self.url!r})"
-
-    @property
-    def url(self) -> str:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        return self._replica.url
-
-    def ready(self, timeout_s: float) -> None:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        self._replica.wait_until("/health", timeout_s)
-
-    def adapters(self) -> dict[str, str | None]:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        what = "list its models"
-        answer = self._replica.read("/v1/models", what)
-        cards = self._replica.expect("/v1/models", what, model_cards, answer)
-        return {card["id"]: card.get("root") for card in cards if card.get("parent")}
 
     def load(self, name: str, path: str) -> None:
         """See :class:`~ckpt.handoff.engine.Engine`."""
@@ -142,10 +101,6 @@ class SglangEngine:
             return None
         marks = [told["startup_time"], told.get("random_seed")]
         return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
-
-    def close(self) -> None:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        self._replica.close()
 
 
 def _success(text: str) -> bool:

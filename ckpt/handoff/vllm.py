@@ -20,54 +20,16 @@ from typing import Any, Final
 
 from .engine import EngineError, EngineKind
 from .generate import Generated, Sampling, read_vllm, vllm_request
-from .replica import DEFAULT_TIMEOUT_S, Replica
+from .http_engine import HttpEngine
 
 _START: Final = re.compile(r"^process_start_time_seconds\s+(\S+)", re.MULTILINE)
 _LINT: Final = "run `ckpt lint DIR --for vllm` on it and see the replica's log, which has the path"
 
 
-class VllmEngine:
-    """One vLLM server.
-
-    Args:
-        url: its address, ``http://host:port``.
-        api_key: what it was started with as ``--api-key``, if it was.
-        base_model: the name under which it serves the base, if it is to be another one than the
-            first on its list.
-        timeout_s: how long one answer may take, a load's too.
-
-    Raises:
-        ConfigError: an address or a time that is none.
-    """
+class VllmEngine(HttpEngine):
+    """One vLLM server."""
 
     kind: EngineKind = "vllm"
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        api_key: str | None = None,
-        base_model: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> None:
-        self._replica = Replica(url, api_key=api_key, timeout_s=timeout_s)
-        self._base_model = base_model
-
-    def __repr__(self) -> str:
-        return f"VllmEngine({self.url!r})"
-
-    @property
-    def url(self) -> str:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        return self._replica.url
-
-    def ready(self, timeout_s: float) -> None:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        self._replica.wait_until("/health", timeout_s)
-
-    def adapters(self) -> dict[str, str | None]:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        return {card["id"]: card.get("root") for card in self._cards() if card.get("parent")}
 
     def load(self, name: str, path: str) -> None:
         """See :class:`~ckpt.handoff.engine.Engine`."""
@@ -135,15 +97,6 @@ class VllmEngine:
             raise
         return None if found is None else found.group(1)
 
-    def close(self) -> None:
-        """See :class:`~ckpt.handoff.engine.Engine`."""
-        self._replica.close()
-
-    def _cards(self) -> list[dict[str, Any]]:
-        what = "list its models"
-        answer = self._replica.read("/v1/models", what)
-        return self._replica.expect("/v1/models", what, model_cards, answer)
-
     def _base(self) -> str:
         if self._base_model is None:
             names = [card["id"] for card in self._cards() if not card.get("parent")]
@@ -152,19 +105,6 @@ class VllmEngine:
                 raise EngineError(self.url, "name its base model", "none is listed", remedy)
             self._base_model = names[0]
         return self._base_model
-
-
-def model_cards(answer: Any) -> list[dict[str, Any]]:
-    """The entries of an OpenAI-style list of models, each with an ``id``.
-
-    Raises:
-        KeyError, TypeError: it is no such list.
-    """
-    cards = list(answer["data"])
-    for card in cards:
-        if not isinstance(card["id"], str) or not isinstance(card.get("root"), str | None):
-            raise TypeError(card)
-    return cards
 
 
 def _prompt(answer: Any, ids: list[int]) -> list[float]:
