@@ -185,11 +185,25 @@ def test_constraints_pin_every_direct_dependency() -> None:
 GUIDES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("docker/*.md")])
 
 
+def headings(guide: Path) -> set[str]:
+    """Of a guide, as links name them: lower case, dashes for spaces, no other signs."""
+    text = re.sub(r"```.*?```", "", guide.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in found}
+
+
 @pytest.mark.parametrize("path", GUIDES, ids=relative)
 def test_links_between_guides_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" in link:
+            continue
+        if not target.exists() or (heading and heading not in headings(target)):
+            lost.append(link)
+    assert lost == []
 
 
 @pytest.mark.parametrize(
