@@ -72,7 +72,7 @@ faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; ab
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  tests/faults tests/property $(PYTEST_ARGS)
 
-bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 8 minutes)
+bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 10 minutes)
 	$(BIN)/python -m benchmarks
 
 bench-full: $(STAMP) bench-peers ## the same, and how they grow with bytes, tensors and ranks

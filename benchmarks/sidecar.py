@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 RUN: Final = "bench"
-POLL_S: Final = 0.03
+POLL_S: Final = 0.05
 """Between two questions whether a version is live; when it went live, the answer says."""
 STOP_SECONDS: Final = 30
 

@@ -40,9 +40,9 @@ from ckpt.storage.exchange import exchange_dirs
 from ckpt.storage.posix import PosixStorage
 from ckpt.types import FileRecord
 
-RUN_BLOCKS: Final = 4
-"""Blocks in one read: 32 MiB, few requests for an object store, which splits them as it likes."""
-READS_AHEAD: Final = 2
+RUN_BLOCKS: Final = 2
+"""Blocks in one read: 16 MiB, few requests for an object store, which splits them as it likes."""
+READS_AHEAD: Final = 4
 """Reads under way; as many are in memory, and one more."""
 
 _FILES: Final = frozenset({CONFIG_NAME, WEIGHTS_NAME, MANIFEST})

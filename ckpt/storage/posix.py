@@ -146,7 +146,7 @@ class PosixStorage:
         views = as_views(data)
         with self._errors("write", path):
             self._make_dirs(target.parent)
-            self._replace(target, lambda fd: write_all(fd, views))
+            self._replace(target, lambda fd: write_all(fd, views, eager=self._durable))
             self._meter.add(sent=sum(map(len, views)))
 
     def put_stream(self, path: str, chunks: Iterable[Buffer], size: int) -> None:
@@ -156,7 +156,7 @@ class PosixStorage:
             with self._errors("write", path):
                 self._make_dirs(target.parent)
                 views = sized_views(chunks, size, self._show(path))
-                self._replace(target, lambda fd: write_stream(fd, views))
+                self._replace(target, lambda fd: write_stream(fd, views, eager=self._durable))
                 self._meter.add(sent=size)
         except SourceFailed as failed:
             raise failed.cause from None
@@ -167,7 +167,9 @@ class PosixStorage:
         views = as_views(data)
         with self._errors("create", path):
             self._make_dirs(target.parent)
-            with self._temporary(target, lambda fd: write_all(fd, views)) as temporary:
+            with self._temporary(
+                target, lambda fd: write_all(fd, views, eager=self._durable)
+            ) as temporary:
                 hit("posix.put_new.before_link")
                 self._link(temporary, target, views, path)
                 hit("posix.put_new.after_link")
@@ -338,7 +340,7 @@ class PosixStorage:
         except FileExistsError:
             self._taken(path)
         try:
-            write_all(fd, views)
+            write_all(fd, views, eager=self._durable)
             if self._durable:
                 os.fsync(fd)
         except OSError:

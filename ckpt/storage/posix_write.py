@@ -17,9 +17,12 @@ _VECTOR: Final = 512
 _SYNC_FILE_RANGE_WRITE: Final = 2
 
 
-def write_all(fd: int, views: Sequence[memoryview]) -> None:
-    """Write every byte of the views, in few calls."""
-    file = _EagerFile(fd)
+def write_all(fd: int, views: Sequence[memoryview], *, eager: bool = True) -> None:
+    """Write every byte of the views, in few calls.
+
+    ``eager`` sends them on their way to the disk at once, for a sync that follows.
+    """
+    file = _File(fd, eager=eager)
     # At least two calls, so that every file has a middle where a test may have something happen.
     calls = _calls(views, max(1, sum(map(len, views)) // 2))
     half = len(calls) // 2
@@ -30,9 +33,9 @@ def write_all(fd: int, views: Sequence[memoryview]) -> None:
         file.write(call)
 
 
-def write_stream(fd: int, views: Iterable[memoryview]) -> None:
+def write_stream(fd: int, views: Iterable[memoryview], *, eager: bool = True) -> None:
     """Write views as they are made; each has been written when the next one is asked for."""
-    file = _EagerFile(fd)
+    file = _File(fd, eager=eager)
     for view in views:
         for call in _calls([view], CALL_BYTES):
             file.write(call)
@@ -55,7 +58,7 @@ def _calls(views: Sequence[memoryview], limit: int) -> list[list[memoryview]]:
     return calls
 
 
-class _EagerFile:
+class _File:
     """A file whose bytes begin their way to the disk while later ones are still being written.
 
     Left to itself the kernel keeps them in memory until the fsync, so that first the processor
@@ -63,10 +66,11 @@ class _EagerFile:
 
     Args:
         fd: a descriptor at position 0.
+        eager: False leaves them to the kernel, where nobody will wait for the disk.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, *, eager: bool) -> None:
+        self._fd, self._eager = fd, eager
         self._written = 0
         self._begun = 0
 
@@ -81,7 +85,7 @@ class _EagerFile:
             if written:
                 rest[0] = rest[0][written:]
         if self._written - self._begun >= CALL_BYTES:
-            if _sync_file_range is not None:
+            if self._eager and _sync_file_range is not None:
                 # A hint: whether the bytes arrive is the fsync's to say.
                 length = self._written - self._begun
                 _sync_file_range(self._fd, self._begun, length, _SYNC_FILE_RANGE_WRITE)

@@ -246,6 +246,27 @@ def test_the_disk_begins_while_later_bytes_are_written(
     assert store.read("x") == store.read("y") == store.read("z") == data
 
 
+def test_without_durability_nothing_waits_for_the_disk(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("ckpt.storage.posix_write.CALL_BYTES", 100)
+    monkeypatch.setattr(
+        "ckpt.storage.posix_write._sync_file_range", lambda *args: calls.append(args)
+    )
+    monkeypatch.setattr(os, "fsync", calls.append)
+    store = PosixStorage(root, durable=False)
+    data = os.urandom(1050)
+    store.put("a/x", data)
+    store.put_stream("a/y", [data], 1050)
+    store.put_new("a/z", data)
+    store.rename_dir("a", "b")
+    assert store.read("b/x") == store.read("b/y") == store.read("b/z") == data
+    store.delete("b/x")
+    store.delete_tree("b")
+    assert calls == []
+
+
 # Links
 
 
