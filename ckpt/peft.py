@@ -301,7 +301,9 @@ def _write_to_prefix(
         return write_adapter_files(storage, name, weights, config)
     except BaseException:
         with contextlib.suppress(StorageError):  # the failure itself is what must be heard
-            storage.delete_tree(name)
+            # With a config it is whole: another writer was faster, and readers may have it.
+            if not storage.exists(f"{name}/{CONFIG_NAME}"):
+                storage.delete_tree(name)
         raise
 
 

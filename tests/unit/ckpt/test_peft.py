@@ -36,7 +36,7 @@ from ckpt.peft import (
     write_adapter_files,
 )
 from ckpt.peft_config import check_export, config_bytes, rank_of, split_key
-from ckpt.storage import exchange
+from ckpt.storage import exchange, open_storage
 from ckpt.storage.base import Buffer
 from ckpt.types import AdapterExport, TensorRule
 
@@ -444,3 +444,22 @@ def test_written_tensors_open_with_the_safetensors_library(tmp_path: Path) -> No
     with safe_open(str(tmp_path / "out" / WEIGHTS_NAME), framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(TENSORS)
+
+
+def test_a_writer_that_fails_leaves_what_another_one_finished(tmp_path: Path) -> None:
+    store = open_storage("memory://bucket")
+    name = tmp_path.name
+
+    def failing(meanwhile: bool) -> Iterator[Buffer]:
+        if meanwhile:
+            write_adapter_dir(f"memory://bucket/{name}", TENSORS, CONFIG)
+        yield b"1234"
+        raise OSError(errno.EIO, "the source is gone")
+
+    for meanwhile in (False, True):
+        with pytest.raises(OSError, match="the source is gone"):
+            write_adapter_dir(f"memory://bucket/{name}", WeightsFile(8, failing(meanwhile)), CONFIG)
+        left = {entry.name for entry in store.list(name)}
+        assert left == ({CONFIG_NAME, WEIGHTS_NAME} if meanwhile else set())
+    write_adapter_dir(tmp_path / "same", TENSORS, CONFIG)
+    assert store.read(f"{name}/{WEIGHTS_NAME}") == (tmp_path / "same" / WEIGHTS_NAME).read_bytes()
