@@ -41,3 +41,15 @@ def test_tensor_parallel_models_give_the_bytes_of_an_unsharded_run(tmp_path: Pat
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             want = (tmp_path / "plain" / "out" / name).read_bytes()
             assert (tmp_path / kind / "out" / name).read_bytes() == want, kind
+
+
+def test_experts_on_several_ranks_give_the_bytes_of_whole_tensors(tmp_path: Path) -> None:
+    held = run_ranks(4, ranks_export.save_experts, str(tmp_path))
+    assert [rank[0] for rank in held] == [2, 2, 1, 0]  # one has none at all
+    tensors, export = ranks_export.stacked_experts()
+    export_tensors(tensors, export, tmp_path / "whole")
+    for kind in ranks_export.EP_KINDS:
+        consolidate(tmp_path / kind, 3, tmp_path / kind / "out")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            want = (tmp_path / "whole" / name).read_bytes()
+            assert (tmp_path / kind / "out" / name).read_bytes() == want, kind

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from archon_lora import LoRAConfig, apply_lora, get_adapter_params
-from ckpt import CheckpointManager, TrainState
+from ckpt import AdapterExport, CheckpointManager, TensorRule, TrainState
 from support import ranks_lora
 from support.steps import tiny_adapter
 
@@ -42,6 +42,51 @@ def save_sharded(rank: int, world: int, root: str) -> bool:
         with CheckpointManager(f"{root}/{name}") as manager:
             manager.save(3, TrainState(model, export=export)).wait(60)
     return True
+
+
+EXPERTS = 5
+"""Do not divide by the ranks: with expert parallelism one has more of them, or none."""
+
+EP_KINDS = {"ep": (Shard(0),), "ep+tp": (Shard(0), Shard(1))}
+
+
+def stacked_experts() -> tuple[dict[str, torch.Tensor], AdapterExport]:
+    """Factors of all experts stacked along the first dimension, and an export expert by expert."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        "experts.up.lora_a.weight": torch.randn((EXPERTS, 3, 12), generator=generator),
+        "experts.up.lora_b.weight": torch.randn((EXPERTS, 10, 3), generator=generator),
+    }
+    rules = [
+        TensorRule(
+            f"experts.up.lora_{side}.weight",
+            f"base_model.model.model.experts.{index}.up_proj.lora_{side.upper()}.weight",
+            scale=1.7 if side == "b" else 1.0,
+            pad_dim=0 if side == "a" else 1,
+            pad_to=4,
+            index=index,
+        )
+        for index in range(EXPERTS)
+        for side in "ab"
+    ]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    return tensors, AdapterExport({**config, "bias": "none"}, tuple(rules))
+
+
+def save_experts(rank: int, world: int, root: str) -> list[int]:
+    """Save stacked experts, once for every layout; how many experts this rank had in each."""
+    held = []
+    for kind, places in EP_KINDS.items():
+        shape = (world,) if len(places) == 1 else (world // 2, 2)
+        mesh = init_device_mesh("cpu", shape)
+        tensors, export = stacked_experts()
+        a, b = (distribute_tensor(tensor, mesh, places) for tensor in tensors.values())
+        held.append(a.to_local().shape[0])
+        model = nn.Module()
+        _attach(model, "experts.up", Adapter(a, b))
+        with CheckpointManager(f"{root}/{kind}") as manager:
+            manager.save(3, TrainState(model, export=export)).wait(60)
+    return held
 
 
 def _attach(model: nn.Module, name: str, module: nn.Module) -> None:
