@@ -18,6 +18,9 @@ _HEADS = frozenset({"lm_head", "output"})
 _GATES = frozenset({"gate", "router", "shared_expert_gate"})
 _SHOWN = 20
 
+COMPOSITE_PREFIX = "model.language_model."
+"""Before the names of a language model inside a model of text and images, as HF has them."""
+
 
 def selects(selector: str | Sequence[str], name: str) -> bool:
     """Whether a list of names, or a regular expression, selects a module.
@@ -123,9 +126,12 @@ def target_names(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
 
     Returns:
         Sorted: the last components of the names when those select nothing else, as every engine
-        expects them, else full names.
+        expects them, else full names. Full names also inside a composite model: its other parts,
+        which are not among the names given, may have modules that are called alike.
     """
     wanted = frozenset(chosen)
+    if any(name.startswith(COMPOSITE_PREFIX) for name in wanted):
+        return sorted(wanted)
     suffixes = sorted({name.rpartition(".")[2] for name in wanted})
     if all(name in wanted for name in everything if selects(suffixes, name)):
         return suffixes

@@ -56,24 +56,37 @@ class BaseStateDictAdapter(ABC):
     output_module: ClassVar[str | None] = None
     ignored_hf: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, model_config: Any) -> None:
+    def __init__(self, model_config: Any, *, composite: bool = False) -> None:
         """Build the maps.
 
         Args:
             model_config: the model's configuration, with ``num_hidden_layers``; subclasses leave
                 out what it says the model does not have.
+            composite: HF names are those of the language model inside a model of several parts
+                (text and images): ``model.language_model.`` where a text model has ``model.``.
         """
         self.model_config = model_config
-        self.from_hf_map: dict[str, str] = dict(self._base_map())
+        self.composite = composite
+        base = {self.hf_name(hf): ours for hf, ours in self._base_map().items()}
+        self.from_hf_map: dict[str, str] = dict(base)
         for module, hf_module in self.to_peft_module_map().items():
             self.from_hf_map[peft_key(hf_module, "A")] = f"{module}.lora_a.weight"
             self.from_hf_map[peft_key(hf_module, "B")] = f"{module}.lora_b.weight"
         self.to_hf_map: dict[str, str] = {ours: hf for hf, ours in self.from_hf_map.items()}
         self._module_map = {
             ours.removesuffix(".weight"): hf.removesuffix(".weight")
-            for hf, ours in self._base_map().items()
+            for hf, ours in base.items()
             if ours.endswith(".weight")
         }
+
+    def hf_name(self, text_name: str) -> str:
+        """HF name of what the tables call ``text_name``: another one inside a composite model."""
+        if self.composite and text_name.startswith("model."):
+            # Here and not above: a model without LoRA imports none of its code.
+            from archon_lora.targets import COMPOSITE_PREFIX
+
+            return COMPOSITE_PREFIX + text_name.removeprefix("model.")
+        return text_name
 
     def _base_map(self) -> Mapping[str, str]:
         """The base table of this very model; subclasses drop what its configuration leaves out."""
@@ -81,7 +94,7 @@ class BaseStateDictAdapter(ABC):
 
     def to_peft_module_map(self) -> dict[str, str]:
         """Archon module name to HF module name (both with ``{}``) of all that LoRA may target."""
-        return dict(self.peft_modules)
+        return {ours: self.hf_name(hf) for ours, hf in self.peft_modules.items()}
 
     def create_peft_adapter_config(
         self, lora_config: LoRAConfig, base_model_name_or_path: str
@@ -218,7 +231,7 @@ class BaseStateDictAdapter(ABC):
             # A live PEFT model puts the adapter's name before ".weight"; its files do not.
             plain = peft_key(*parse_peft_key(plain))
         template, indices = template_of(plain)
-        if template in self.ignored_hf:
+        if template in map(self.hf_name, self.ignored_hf):
             return None
         ours = self.from_hf_map.get(template)
         if ours is None:

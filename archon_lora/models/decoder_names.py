@@ -98,11 +98,11 @@ class DecoderStateDictAdapter(BaseStateDictAdapter):
 
     def to_peft_module_map(self) -> dict[str, str]:
         """See the base class; a tied head cannot be targeted: it would change the embedding too."""
-        modules = dict(self.peft_modules)
+        modules = super().to_peft_module_map()
         if self.tied:
             del modules["output"]
         return modules
 
     def hf_aliases(self) -> Mapping[str, str]:
         """Some tied checkpoints store the head as well."""
-        return {_HEAD: _EMBEDDING} if self.tied else {}
+        return {_HEAD: self.hf_name(_EMBEDDING)} if self.tied else {}

@@ -9,10 +9,10 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import ranks_models
 from support.engines import make_engine, moved
-from support.families import CASES, TARGETS, VOCAB, fused_experts, write_family
+from support.families import CASES, TARGETS, VOCAB, composite_gemma3, fused_experts, write_family
 from support.parity import (
     ALL,
     assert_close,
@@ -22,9 +22,9 @@ from support.parity import (
 )
 from support.spawn import run_ranks
 
-from archon_lora import LoRAConfig, apply_lora
+from archon_lora import LoRAConfig, apply_lora, get_adapter_state_dict, peft_export
 from archon_lora.engine import save_lora_adapter
-from archon_lora.models import load_pretrained
+from archon_lora.models import get_model_spec, load_pretrained
 from archon_lora.peft import load_adapter_tensors
 from ckpt.lint import BaseModel, lint_adapter
 
@@ -160,3 +160,36 @@ def test_experts_are_trained_and_saved_whole_by_two_ranks(tmp_path):
     assert (logits - before).abs().max() > 0.01
     for ours in results:
         assert_close(ours, logits)
+
+
+def test_an_adapter_for_the_language_model_of_a_composite_is_read_by_peft(tokens, tmp_path):
+    """Gemma 3 with images: the same text model, under ``model.language_model.``."""
+    theirs = composite_gemma3()
+    spec = get_model_spec("gemma3_text")
+    config = spec.config_cls.from_hf(theirs.config.text_config.to_dict())
+    adapter = spec.state_dict_adapter_cls(config, composite=True)
+    ours = spec.model_cls(config).eval()
+    text = {n: t for n, t in theirs.state_dict().items() if ".language_model." in n}
+    ours.load_state_dict(adapter.from_hf({**text, "lm_head.weight": theirs.lm_head.weight}))
+    assert adapter.to_hf(ours.state_dict()).keys() == text.keys()
+
+    lora = LoRAConfig(rank=4, alpha=8)
+    apply_lora(ours, lora, name_map=adapter.module_to_hf)
+    with torch.no_grad():
+        for index, (name, factor) in enumerate(get_adapter_state_dict(ours).items()):
+            if "lora_b" in name:
+                torch.manual_seed(index)
+                factor.copy_(0.1 * torch.randn(factor.shape))
+    saved = adapter.to_hf(get_adapter_state_dict(ours))
+    assert all(n.startswith("base_model.model.model.language_model.layers.") for n in saved)
+    save_file(saved, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = adapter.create_peft_adapter_config(lora, "base")
+    # Written out: the vision part has a q_proj too.
+    assert written["target_modules"] == sorted(ours.lora.matched.values())
+    assert peft_export(ours)["peft_config"]["target_modules"] == written["target_modules"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    with torch.no_grad():
+        bare = theirs(tokens).logits
+        adapted = PeftModel.from_pretrained(theirs, tmp_path).eval()(tokens).logits
+        assert (adapted - bare).abs().max() > 0.01
+        assert_close(ours(tokens), adapted)

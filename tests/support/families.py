@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 VOCAB = 96
 SIZES = {
@@ -119,15 +125,45 @@ def write_family(directory: Path, case: str, *, seed: int = 3, **changes: Any) -
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = torch.randn(parameter.shape)
-            if "norm" in name:
-                parameter.add_(0.2 * value)
-            else:
-                parameter.copy_(0.15 * value)
+    _draw(model)
     model.save_pretrained(directory)
     return directory
+
+
+def composite_gemma3() -> nn.Module:
+    """A tiny Gemma 3 of text and images, with random weights."""
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    text = {**SIZES, **CASES["gemma3"]}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+    )
+    torch.manual_seed(3)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    _draw(model)
+    return model
+
+
+@torch.no_grad()
+def _draw(model: nn.Module) -> None:
+    """Every weight random, norms and biases too."""
+    for name, parameter in model.named_parameters():
+        value = torch.randn(parameter.shape)
+        if "norm" in name:
+            parameter.add_(0.2 * value)
+        else:
+            parameter.copy_(0.15 * value)
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from archon_lora.errors import ModelLoadError
+from archon_lora.errors import ModelLoadError, UnmappedName
 from archon_lora.models import get_model_spec, model_specs
 from archon_lora.models.masks import visibility
 from archon_lora.models.rope import RotaryEmbedding
@@ -170,3 +170,21 @@ def test_a_window_hides_what_lies_further_back(past, window):
     for query in range(6):
         seen = mask[0, 0, query].nonzero().flatten().tolist()
         assert seen == list(range(max(0, query + past - window + 1), query + past + 1))
+
+
+def test_composite_names():
+    spec = get_model_spec("llama")
+    config = read("llama", tie_word_embeddings=True)
+    text = spec.state_dict_adapter_cls(config)
+    inner = spec.state_dict_adapter_cls(config, composite=True)
+    prefix = "model.language_model."
+    assert {hf: ours for hf, ours in inner.from_hf_map.items() if prefix not in hf} == {}
+    renamed = {hf.replace(prefix, "model.", 1): ours for hf, ours in inner.from_hf_map.items()}
+    assert renamed == text.from_hf_map
+    assert inner.module_to_hf("layers.1.attention.wq") == f"{prefix}layers.1.self_attn.q_proj"
+    assert inner.from_hf_name(f"{prefix}layers.0.self_attn.rotary_emb.inv_freq") is None
+    table = torch.ones(2, 2)
+    stored = {f"{prefix}embed_tokens.weight": table, "lm_head.weight": table.clone()}
+    assert set(inner.from_hf(stored)) == {"tok_embeddings.weight"}
+    with pytest.raises(UnmappedName, match=r"'model.norm.weight'"):
+        inner.from_hf({"model.norm.weight": table})
