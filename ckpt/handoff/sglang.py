@@ -8,7 +8,8 @@ The server must be started with ``--enable-lora``, ``--max-lora-rank`` and
   request first uses the adapter, and a wrong one ends the server: the probe may be the last thing
   that it is asked.
 - A name that is on the list is refused with 400; there is no loading in place.
-- Unloading waits for the requests that use the adapter. It does not revoke the name: a request that
+- Unloading takes the name off the list, then waits for the requests that use the adapter, and no
+  other adapter is loaded meanwhile. It does not revoke the name: a request that
   still names it makes the server load the directory again, as it lies there then. So nothing asks
   under a name that was unloaded, and its directory is not touched while somebody may.
 """
@@ -20,9 +21,12 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .engine import AdapterRefused, EngineError, EngineKind
+from .engine import AdapterRefused, EngineError, EngineKind, EngineUnreachable
 from .generate import Generated, Sampling, read_sglang, sglang_request
 from .http_engine import HttpEngine
+
+UNLOAD_S: Final = 5.0
+"""How long an unload is waited for; off the list, it goes on by itself once its requests end."""
 
 _LINT: Final = "run `ckpt lint DIR --for sglang` on it and see the replica's log"
 
@@ -56,7 +60,14 @@ class SglangEngine(HttpEngine):
         """See :class:`~ckpt.handoff.engine.Engine`."""
         if name not in self.adapters():
             return
-        self._replica.change("/unload_lora_adapter", f"unload {name}", {"lora_name": name})
+        timeout_s = min(UNLOAD_S, self._replica.timeout_s)
+        try:
+            self._replica.change(
+                "/unload_lora_adapter", f"unload {name}", {"lora_name": name}, timeout_s
+            )
+        except EngineUnreachable:
+            if name in self.adapters():
+                raise
 
     def logprobs(self, token_ids: Sequence[int], adapter: str | None) -> list[float]:
         """See :class:`~ckpt.handoff.engine.Engine`."""

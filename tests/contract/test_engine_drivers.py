@@ -17,6 +17,7 @@ from support.fake_engine import FakeEngine
 from support.probed_versions import PROMPT, publish_for
 
 from ckpt.errors import ConfigError
+from ckpt.handoff import sglang
 from ckpt.handoff.drivers import open_engine
 from ckpt.handoff.engine import AdapterRefused, Engine, EngineError, EngineUnreachable
 from ckpt.handoff.probe import distance
@@ -296,3 +297,23 @@ def _drip(listener: socket.socket, stop: threading.Event) -> None:
                 connection.sendall(b"x")
         except OSError:
             return
+
+
+def test_an_unload_that_waits_for_requests_does_not_hold_the_driver_up(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sglang, "UNLOAD_S", 0.3)
+    with FakeEngine("sglang") as server:
+        engine = open_engine(server.address, timeout_s=20.0)
+        engine.load(adapter.name, str(adapter))
+        slow = {"at": "unload", "do": "hang", "seconds": 4, "times": 1}
+        server.faults({**slow, "after": True})  # off the list, and requests under way
+        began = time.monotonic()
+        engine.unload(adapter.name)
+        assert time.monotonic() - began < 3
+        assert adapter.name not in engine.adapters()
+        engine.load(adapter.name, str(adapter))
+        server.faults(slow)  # not even begun: nothing can be said
+        with pytest.raises(EngineUnreachable, match=r"no answer within 0\.3 s"):
+            engine.unload(adapter.name)
+        engine.close()
