@@ -8,6 +8,8 @@ again has to look first whether it was done.
 from __future__ import annotations
 
 import json
+import os
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -60,7 +62,10 @@ class Replica:
         self._secret = api_key or None
         headers = {} if self._secret is None else {"Authorization": f"Bearer {self._secret}"}
         # The environment's proxies and netrc are not for a replica, and would see the key.
-        self._client = httpx.Client(headers=headers, trust_env=False, follow_redirects=False)
+        # Whom to trust is, though: an https replica often has a certificate of its own house's.
+        self._client = httpx.Client(
+            headers=headers, trust_env=False, follow_redirects=False, verify=_trusted(self.url)
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -228,6 +233,22 @@ def check_url(url: str) -> str:
         msg = f"an engine's address is http://host:port, without user or query{where}"
         raise ConfigError(msg)
     return url.rstrip("/")
+
+
+def _trusted(url: str) -> ssl.SSLContext | bool:
+    """Whose certificates to take: the usual ones, or what OpenSSL's variables name.
+
+    Raises:
+        ConfigError: they name nothing that can be read.
+    """
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if not url.startswith("https:") or not (file or folder):
+        return True
+    try:
+        return ssl.create_default_context(cafile=file or None, capath=folder or None)
+    except OSError as error:
+        msg = f"SSL_CERT_FILE or SSL_CERT_DIR names no certificates: {error}"
+        raise ConfigError(msg) from error
 
 
 def _may_pass(error: EngineError) -> bool:

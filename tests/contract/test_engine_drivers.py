@@ -9,9 +9,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from support.certificates import certificate
 from support.engine_brains import EFFECT
 from support.fake_engine import FakeEngine
 from support.probed_versions import PROMPT, publish_for
@@ -317,3 +319,35 @@ def test_an_unload_that_waits_for_requests_does_not_hold_the_driver_up(
         with pytest.raises(EngineUnreachable, match=r"no answer within 0\.3 s"):
             engine.unload(adapter.name)
         engine.close()
+
+
+def test_an_https_replica_is_trusted_as_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Nobody wants to know."""
+
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        server.socket = certificate(tmp_path).wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"vllm+https://127.0.0.1:{server.server_port}"
+        stranger = open_engine(address)
+        with pytest.raises(EngineUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.ready(0.1)
+        stranger.close()
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        engine = open_engine(address)
+        engine.ready(5.0)
+        engine.close()
+        server.shutdown()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+        open_engine(address)

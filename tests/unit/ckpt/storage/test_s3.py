@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import ipaddress
 import pickle
 import socket
-import ssl
 import time
 import traceback
 import zlib
 from base64 import b64encode
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.certificates import certificate
 from support.fake_s3 import FakeS3, Spoil, fake_s3
 
 from ckpt.errors import (
@@ -545,47 +542,9 @@ def test_the_checksum_can_be_left_out(fake: FakeS3, kind: type[S3Storage]) -> No
         S3Storage("s3://bucket/run", options(fake, upload_checksum="md5"))
 
 
-def _certificate(directory: Path, *, self_signed: bool = False) -> ssl.SSLContext:
-    """A server context for loopback; ``ca.pem`` is what its clients must trust."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def make(subject: str, *, ca: bool, issuer: x509.Name | None = None, by=None):
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, subject)])
-        now = datetime.datetime.now(datetime.UTC)
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(issuer or name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([address]), False)
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), True)
-        )
-        return key, builder.sign(by or key, hashes.SHA256())
-
-    key, certificate = make("authority", ca=True)
-    pem = serialization.Encoding.PEM
-    (directory / "ca.pem").write_bytes(certificate.public_bytes(pem))
-    if not self_signed:
-        key, certificate = make("127.0.0.1", ca=False, issuer=certificate.subject, by=key)
-    (directory / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-    return context
-
-
 @pytest.mark.usefixtures("fake")
-def test_obstore_says_what_is_wrong_with_a_certificate(tmp_path) -> None:
-    with fake_s3(_certificate(tmp_path, self_signed=True)) as secure:
+def test_obstore_says_what_is_wrong_with_acertificate(tmp_path) -> None:
+    with fake_s3(certificate(tmp_path, self_signed=True)) as secure:
         more = {"client_kwargs": {"verify": str(tmp_path / "ca.pem")}}
         store = ObstoreStorage("s3://bucket/run", options(secure, **more), QUICK)
         with pytest.raises(ConfigError, match=r"CaUsedAsEndEntity.*backend='s3fs'"):
@@ -599,7 +558,7 @@ def test_obstore_says_what_is_wrong_with_a_certificate(tmp_path) -> None:
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("by", ["option", "AWS_CA_BUNDLE"])
 def test_obstore_trusts_whom_s3fs_trusts(tmp_path, monkeypatch, by: str) -> None:
-    with fake_s3(_certificate(tmp_path)) as secure:
+    with fake_s3(certificate(tmp_path)) as secure:
         stranger = ObstoreStorage("s3://bucket/run", options(secure), QUICK)
         with pytest.raises(ConfigError, match=r"certificate \(UnknownIssuer\).*AWS_CA_BUNDLE"):
             stranger.put("x", b"data")
@@ -638,7 +597,7 @@ def test_obstore_finds_credentials_where_s3fs_does(fake: FakeS3, monkeypatch, tm
 @pytest.mark.usefixtures("fake")
 def test_uploads_over_tls_are_not_chunked(tmp_path) -> None:
     """Older Ceph refuses the trailing checksum that botocore would send over TLS (411)."""
-    with fake_s3(_certificate(tmp_path)) as secure:
+    with fake_s3(certificate(tmp_path)) as secure:
         more = {"client_kwargs": {"verify": str(tmp_path / "ca.pem")}}
         store = S3Storage("s3://bucket/run", options(secure, **more), QUICK)
         store.put("x", b"data")
