@@ -20,6 +20,7 @@ from .dtypes import TORCH_DTYPES
 from .errors import PlanError, SaveAborted
 from .plan import Piece
 from .shard import ShardLayout
+from .storage.posix_write import PAGE
 
 SLOTS = 2
 
@@ -34,7 +35,9 @@ class Slot:
     """
 
     def __init__(self, layout: ShardLayout, pieces: Sequence[Piece], *, pinned: bool) -> None:
-        self._memory = torch.empty(layout.size, dtype=torch.uint8, pin_memory=pinned)
+        room = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+        # From the start of a page, so that a disk can be written to without another copy.
+        self._memory = room[-room.data_ptr() % PAGE :][: layout.size]
         # Touch every page now: the first save should not pay for the page faults.
         self._memory.zero_()
         self._header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
