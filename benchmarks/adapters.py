@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import s3fs
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -22,7 +23,7 @@ from .processes import Settings
 from .rounds import Sample, interleave
 from .s3_server import BUCKET, S3Server, running_server
 from .savers import DEADLINE_S
-from .workload import build_model, export
+from .workload import Workload, build_model, export
 
 FILE = "adapter_model.safetensors"
 
@@ -85,6 +86,12 @@ class PublishMaster(Publish):
     name = "ckpt CheckpointManager.publish, from fp32"
 
 
+class PublishObstore(Publish):
+    """The same, the body sent by obstore."""
+
+    name = "ckpt CheckpointManager.publish, obstore"
+
+
 class SaveFile(_Writer):
     """``safetensors.torch.save_file``: neither checksum nor sync nor commit."""
 
@@ -125,6 +132,41 @@ class TorchSaveAdapter(SaveFile):
         """Write."""
         del number
         torch.save(self._tensors, self._path)
+
+
+class PeftSave(_Writer):
+    """``save_pretrained`` of the same adapter in PEFT's own model, whose base has no memory."""
+
+    name = "PEFT save_pretrained"
+
+    def __init__(self, workload: Workload, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        base = nn.Module()
+        for path, inputs, outputs in workload.modules():
+            parent = base
+            *above, last = f"model.{path}".split(".")
+            for part in above:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, nn.Linear(inputs, outputs, bias=False, device="meta"))
+        config = export(workload).peft_config
+        lora = LoraConfig(r=config["r"], target_modules=config["target_modules"])
+        self._model = get_peft_model(base, lora)  # type: ignore[arg-type]  # any module will do
+        for name, module in self._model.named_modules():
+            above, _, adapter = name.rpartition(".")
+            if adapter == "default" and isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(tensors[f"{above}.weight"])
+        self._folder = folder / "peft"
+
+    def write(self, number: int) -> None:
+        """Save weights and configuration."""
+        self._model.save_pretrained(str(self._folder / f"{number}"), save_embedding_layers=False)
+
+    def tidy(self, number: int) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self._folder / f"{number}")
 
 
 class DcpHuggingFace(_Writer):
@@ -175,6 +217,7 @@ def publishes(settings: Settings) -> dict[str, Any]:
             SaveFile(tensors, folder),
             SaveFileSynced(tensors, folder),
             TorchSaveAdapter(tensors, folder),
+            PeftSave(settings.workload, tensors, folder),
             DcpHuggingFace(tensors, folder),
         ]
         for trial in trials:
@@ -275,7 +318,9 @@ def uploads(settings: Settings) -> dict[str, Any]:
             _Remote(Publish(state, url, server.storage_options), server),
             _Remote(PlainPut(size, server), server),
         ]
+        obstore = {**server.storage_options, "backend": "obstore"}
         peers: dict[str, Callable[[], _Writer]] = {
+            PublishObstore.name: lambda: PublishObstore(state, f"{url}-obstore", obstore),
             DcpFsspec.name: lambda: DcpFsspec(tensors, server),
             S3TorchConnector.name: lambda: S3TorchConnector(tensors, server),
         }

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .adapters import DcpHuggingFace, PlainPut, Publish, SaveFile, SaveFileSynced
+from .adapters import (
+    DcpHuggingFace,
+    PlainPut,
+    Publish,
+    PublishObstore,
+    SaveFile,
+    SaveFileSynced,
+)
 from .handoff import STAND_IN, PlainGet
 from .loads import HuggingFace, Restore
 from .peers import DcpAsync, DcpSave
@@ -186,7 +193,8 @@ def _load(section: Any) -> Row:
 def _upload(section: Any) -> Row:
     rounds, floor = section["rounds"], (PlainPut.name, "total")
     requests = Spread.of(values_of(rounds, Publish.name, "requests"))
-    peers = [name for name in rounds if name not in {Publish.name, PlainPut.name}]
+    ours = {Publish.name, PublishObstore.name, PlainPut.name}
+    peers = [name for name in rounds if name not in ours]
     peer = (peers[0], ratio(rounds, (peers[0], "total"), floor)) if peers else None
     return Row(
         "publish of the adapter to S3 / one plain PUT of its bytes",
