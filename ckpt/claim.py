@@ -7,7 +7,6 @@ it only tell people and retention whose work is under way.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from .envelope import Fields, seal, unseal, utc_now
-from .errors import AlreadyExists, CommitUnknown, ObjectNotFound, PublishError
+from .errors import AlreadyExists, CommitUnknown, ObjectNotFound, PublishError, StorageError
 from .layout import (
     ADAPTERS,
     MAX_EPOCH,
@@ -32,6 +31,8 @@ from .storage.base import Entry, Storage
 
 CLAIM_FORMAT: Final = "ckpt.claim"
 CLAIM_SCHEMA: Final = 1
+_UNCLEAR_ANSWERS: Final = 3
+"""So many numbers in a row whose claim nobody can tell the fate of: then the store is at fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,10 @@ def claim_number(storage: Storage, run: str, epoch: int, attempt: str) -> int:
 
     Raises:
         PublishError: the run has no numbers left.
-        StorageError: the store failed.
+        StorageError: the store failed, or left open time and again whether a claim was made.
     """
     number = 1 + max(_numbers(storage.list(ADAPTERS), run), default=0)
+    unclear = 0
     while number <= MAX_VERSION:
         body = {
             "name": version_name(run, number),
@@ -74,9 +76,17 @@ def claim_number(storage: Storage, run: str, epoch: int, attempt: str) -> int:
             # No two claims have equal bytes, so reading one back tells whose it is.
             "nonce": new_attempt(),
         }
-        # An unclear answer may have left a claim of ours behind: that number is lost, not shared.
-        with contextlib.suppress(AlreadyExists, CommitUnknown):
+        try:
             storage.put_new(claim_path(run, number), seal(CLAIM_FORMAT, CLAIM_SCHEMA, body))
+        except AlreadyExists:
+            pass  # somebody was faster
+        except CommitUnknown as error:
+            # It may have left a claim of ours behind: that number is lost, not shared.
+            unclear += 1
+            if unclear == _UNCLEAR_ANSWERS:
+                msg = f"whether a number was claimed stayed open {unclear} times: {error}"
+                raise StorageError(msg) from error
+        else:
             # If this process slept since it looked, the number may have been published and deleted
             # with its claim meanwhile. Then a higher one is taken.
             highest = max(_numbers(storage.list(ADAPTERS), run), default=number)

@@ -87,6 +87,14 @@ HOW = {
     "stalled": {"how": "hang", "seconds": 6.0},
 }
 CELLS = [(request, how, times) for request in SAVES for how in HOW for times in ("once", "always")]
+RESTORE_CELLS = [
+    (request, how, times)
+    for request, (_flavour, method, _key, _query) in RESTORES.items()
+    for how in HOW
+    for times in ("once", "always")
+    # What only reads is done when it is answered, and the answer to a HEAD has no body to break.
+    if "done" not in how and (method, how) != ("HEAD", "reset in the body")
+]
 
 
 def spoil(table: dict[str, tuple[str, str, str, str]], request: str, how: str, times: str) -> Spoil:
@@ -120,9 +128,7 @@ def test_a_request_of_a_save_fails(
 
 
 @pytest.mark.cells(3)
-@pytest.mark.parametrize("times", ["once", "always"])
-@pytest.mark.parametrize("how", [how for how in HOW if "done" not in how])
-@pytest.mark.parametrize("request_", RESTORES)
+@pytest.mark.parametrize(("request_", "how", "times"), RESTORE_CELLS)
 def test_a_request_of_a_restore_fails(
     field: Field, fake: FakeS3, request_: str, how: str, times: str
 ) -> None:

@@ -153,6 +153,27 @@ class TestPublish:
         with pytest.raises(NoCheckpoint, match="was claimed but never committed"):
             read_version(storage, "run7-v00000005")
 
+    @pytest.mark.parametrize("unclear", [2, 3])
+    def test_claims_of_unknown_fate_cost_numbers_but_not_for_ever(
+        self, storage: Storage, monkeypatch: pytest.MonkeyPatch, unclear: int
+    ) -> None:
+        asked: list[str] = []
+        put_new = storage.put_new
+
+        def no_answer(path: str, data: Any) -> None:
+            asked.append(path)
+            if len(asked) <= unclear:
+                raise CommitUnknown("no answer")
+            put_new(path, data)
+
+        monkeypatch.setattr(storage, "put_new", no_answer)
+        if unclear == 2:
+            assert release(storage).number == 3
+        else:
+            with pytest.raises(PublishError, match="stayed open 3 times: no answer"):
+                release(storage)
+            assert len(asked) == 3
+
     def test_a_directory_without_its_claim_counts_as_taken(self, storage: Storage) -> None:
         release(storage)
         storage.delete("adapters/run7-v00000001.claim.json")
