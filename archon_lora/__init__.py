@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from .adapter import (
         AdapterModule,
         AppliedLoRA,
-        adapters_disabled,
-        disable_adapter,
-        enable_adapter,
         get_adapter_params,
         get_adapter_state_dict,
         set_trainable_params,
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig
     from .errors import (
         AdapterMismatch,
+        AdapterModeError,
         AdapterNotFound,
         ArchonLoraError,
         EngineNotReady,
@@ -39,12 +37,20 @@ if TYPE_CHECKING:
     )
     from .linear import LoRALinear
     from .merge import iter_merged_weights
+    from .mode import (
+        adapter_mode,
+        adapters_disabled,
+        disable_adapter,
+        enable_adapter,
+        set_active,
+    )
     from .names import canonical_fqn
     from .parallel import adapter_shard_placement
     from .peft import load_adapter_tensors, peft_export
 
 _HOMES = {
     "AdapterMismatch": "errors",
+    "AdapterModeError": "errors",
     "AdapterModule": "adapter",
     "AdapterNotFound": "errors",
     "AppliedLoRA": "adapter",
@@ -61,23 +67,26 @@ _HOMES = {
     "TargetError": "errors",
     "TrainConfigError": "errors",
     "UnmappedName": "errors",
+    "adapter_mode": "mode",
     "adapter_shard_placement": "parallel",
-    "adapters_disabled": "adapter",
+    "adapters_disabled": "mode",
     "apply_lora": "apply",
     "canonical_fqn": "names",
-    "disable_adapter": "adapter",
-    "enable_adapter": "adapter",
+    "disable_adapter": "mode",
+    "enable_adapter": "mode",
     "get_adapter_params": "adapter",
     "get_adapter_state_dict": "adapter",
     "initialise_adapters": "apply",
     "iter_merged_weights": "merge",
     "load_adapter_tensors": "peft",
     "peft_export": "peft",
+    "set_active": "mode",
     "set_trainable_params": "adapter",
 }
 
 __all__ = [
     "AdapterMismatch",
+    "AdapterModeError",
     "AdapterModule",
     "AdapterNotFound",
     "AppliedLoRA",
@@ -94,6 +103,7 @@ __all__ = [
     "TargetError",
     "TrainConfigError",
     "UnmappedName",
+    "adapter_mode",
     "adapter_shard_placement",
     "adapters_disabled",
     "apply_lora",
@@ -106,6 +116,7 @@ __all__ = [
     "iter_merged_weights",
     "load_adapter_tensors",
     "peft_export",
+    "set_active",
     "set_trainable_params",
 ]
 

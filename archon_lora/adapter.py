@@ -1,14 +1,13 @@
-"""The AdapterModule protocol, and what can be done with every adapter of a model.
+"""What can be done with every adapter of a model.
 
-Adapters are found by protocol, never by a substring of a name.
+The protocol of modules with adapters is :mod:`archon_lora.protocol`, switching between adapters
+:mod:`archon_lora.mode`; their names can be imported from here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +16,30 @@ from torch.distributed.tensor import DTensor
 from .config import LoRAConfig
 from .errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
 from .frozen import FrozenMap
-from .names import canonical_fqn, canonical_modules, canonical_parameters, unwrap_ddp
+from .mode import adapter_mode, adapters_disabled, disable_adapter, enable_adapter, set_active
+from .names import DEFAULT_ADAPTER, REFERENCE_ADAPTER, canonical_fqn, canonical_parameters
 from .placement import reshard
+from .protocol import AdapterModule, NamedAdapters, SwitchableAdapter, adapter_modules
 
-
-@runtime_checkable
-class AdapterModule(Protocol):
-    """A module that holds adapter parameters."""
-
-    def adapter_params(self) -> list[str]:
-        """Names, relative to the module, of the parameters that belong to the adapter."""
-        ...
-
-
-@runtime_checkable
-class SwitchableAdapter(AdapterModule, Protocol):
-    """An adapter module that can compute its base alone."""
-
-    disabled: bool
-
-    def enable(self) -> None:
-        """Let forward use the adapter."""
-        ...
-
-    def disable(self) -> None:
-        """Let forward compute the base alone."""
-        ...
+__all__ = [
+    "DEFAULT_ADAPTER",
+    "REFERENCE_ADAPTER",
+    "AdapterModule",
+    "AppliedLoRA",
+    "NamedAdapters",
+    "SwitchableAdapter",
+    "adapter_mode",
+    "adapter_modules",
+    "adapters_disabled",
+    "applied_lora",
+    "disable_adapter",
+    "enable_adapter",
+    "gather",
+    "get_adapter_params",
+    "get_adapter_state_dict",
+    "set_active",
+    "set_trainable_params",
+]
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,6 @@ def applied_lora(model: nn.Module) -> AppliedLoRA:
             return record
     msg = "this model has no LoRA: call apply_lora(model, LoRAConfig(...)) on it before sharding"
     raise LoRANotEnabled(msg)
-
-
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """Every module that follows the protocol, under its canonical name."""
-    for name, module in canonical_modules(model):
-        if isinstance(module, AdapterModule):
-            yield name, module
 
 
 def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -180,67 +170,3 @@ def gather(tensor: Tensor) -> Tensor:
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def disable_adapter(model: nn.Module) -> None:
-    """Let every adapted module compute its base alone.
-
-    Raises:
-        NoAdapterError: there are no adapters, or one that cannot be switched.
-    """
-    for module in _switchable(model):
-        module.disable()
-
-
-def enable_adapter(model: nn.Module) -> None:
-    """Let every adapted module use its adapter.
-
-    Raises:
-        NoAdapterError: there are no adapters, or one that cannot be switched.
-    """
-    for module in _switchable(model):
-        module.enable()
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the frozen base: a reference without a second copy.
-
-    At the end, after an exception too, each module gets back the state it had, so blocks nest
-    and single modules that were disabled before stay so.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        NoAdapterError: there are no adapters, or one that cannot be switched.
-    """
-    modules = _switchable(model)
-    before = [module.disabled for module in modules]
-    try:
-        for module in modules:
-            module.disable()
-        yield
-    finally:
-        for module, disabled in zip(modules, before, strict=True):
-            if disabled:
-                module.disable()
-            else:
-                module.enable()
-
-
-def _switchable(model: nn.Module) -> list[SwitchableAdapter]:
-    modules = []
-    for name, module in adapter_modules(model):
-        if not isinstance(module, SwitchableAdapter):
-            msg = (
-                f"{type(module).__name__} {name!r} holds adapter parameters but has no "
-                "enable(), disable() and disabled: the base model cannot be computed"
-            )
-            raise NoAdapterError(msg)
-        modules.append(module)
-    if not modules:
-        kind = type(unwrap_ddp(model)).__name__
-        msg = f"the model ({kind}) has no adapters: apply_lora() was not called on it"
-        raise NoAdapterError(msg)
-    return modules

@@ -7,6 +7,7 @@
     ├── TargetError          (ValueError)        a target entry that matches nothing
     ├── LoRANotEnabled       (RuntimeError)      an adapter operation on an engine without LoRA
     ├── NoAdapterError       (RuntimeError)      LoRA is on, but there are no adapter parameters
+    ├── AdapterModeError     (RuntimeError)      switching between adapters out of order
     ├── AdapterMismatch      (ValueError)        keys missing, unexpected, or of the wrong shape
     ├── AdapterNotFound      (FileNotFoundError) no adapter file at the path
     ├── UnmappedName         (KeyError)          a tensor that no name map covers
@@ -38,6 +39,10 @@ class LoRANotEnabled(ArchonLoraError, RuntimeError):
 
 class NoAdapterError(ArchonLoraError, RuntimeError):
     """LoRA is configured, but the model holds no adapter parameters."""
+
+
+class AdapterModeError(ArchonLoraError, RuntimeError):
+    """Blocks of ``adapter_mode()`` left out of order, or a switch that a block would undo."""
 
 
 class AdapterMismatch(ArchonLoraError, ValueError):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import NoAdapterError, TargetError
-from .init import initial_value
+from .factors import LoRAFactor, LoRAPair, LoRAPairs, reset_factors
 from .merge import merge_factors
-from .placement import copy_global_
+from .names import DEFAULT_ADAPTER
 
 _HOOKS = (
     "_forward_hooks",
@@ -27,26 +27,6 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-
-class LoRAFactor(nn.Linear):
-    """A or B: an ``nn.Linear`` without bias whose values its LoRALinear sets."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Nothing: sweeps over ``module.reset_parameters()`` must not make B non-zero.
-
-        Neither does building an adapter advance the global random generator.
-        """
 
 
 class LoRALinear(nn.Linear):
@@ -61,18 +41,22 @@ class LoRALinear(nn.Linear):
     to A's dtype, the sum taken in the wider of the two and cast back to the base's output dtype,
     as PEFT does it.
 
+    Beside this default adapter there may be others, by name, in ``adapters``; forward uses the
+    active one, or none.
+
     Attributes:
         lora_a: A, weight of shape ``(rank, in_features)``.
         lora_b: B, weight of shape ``(out_features, rank)``.
         rank: inner dimension.
         alpha: numerator of the scaling.
         scaling: the factor on the update.
-        disabled: when true, forward computes the base layer alone.
+        adapters: :class:`archon_lora.factors.LoRAPair` by name; there only once one was added.
         fqn: canonical name of this module in the model; seeds the initial values.
     """
 
     lora_a: nn.Linear
     lora_b: nn.Linear
+    adapters: LoRAPairs
 
     def __init__(
         self,
@@ -127,7 +111,9 @@ class LoRALinear(nn.Linear):
         self.init = init
         self.fqn = fqn
         self.seed = seed
-        self.disabled = False
+        self._disabled = False
+        self._active = DEFAULT_ADAPTER
+        self._alone = False
         self.dropout = nn.Dropout(dropout)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -201,37 +187,80 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         base_XO = F.linear(x, self.weight, self.bias)
-        if self.disabled:
+        if self._alone:
             return base_XO
-        adapter_XI = x.to(self.lora_a.weight.dtype)
-        update_XO: Tensor = self.lora_b(self.lora_a(self.dropout(adapter_XI)))
-        return (base_XO + update_XO * self.scaling).to(base_XO.dtype)
+        adapter = self if self._active == DEFAULT_ADAPTER else self.adapters[self._active]
+        adapter_XI = x.to(adapter.lora_a.weight.dtype)
+        update_XO: Tensor = adapter.lora_b(adapter.lora_a(adapter.dropout(adapter_XI)))
+        return (base_XO + update_XO * adapter.scaling).to(base_XO.dtype)
 
     def adapter_params(self) -> list[str]:
-        """Names, relative to this module, of the parameters that belong to the adapter."""
-        return ["lora_a.weight", "lora_b.weight"]
+        """Names, relative to this module, of the parameters of all adapters that train."""
+        return [
+            local
+            for name in self.adapter_names()
+            if name == DEFAULT_ADAPTER or self.adapters[name].trainable
+            for local in self.params_of(name)
+        ]
+
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that have parameters here, the default one first."""
+        default = (DEFAULT_ADAPTER,) if "lora_a" in self._modules else ()
+        return (*default, *(self.adapters if "adapters" in self._modules else ()))
+
+    def params_of(self, name: str) -> list[str]:
+        """Names, relative to this module, of one adapter's A and B; empty if it has none here."""
+        if name not in self.adapter_names():
+            return []
+        prefix = "" if name == DEFAULT_ADAPTER else f"adapters.{name}."
+        return [f"{prefix}lora_a.weight", f"{prefix}lora_b.weight"]
+
+    def adapter_of(self, name: str) -> LoRALinear | LoRAPair:
+        """What holds one adapter's ``lora_a``, ``lora_b``, ``rank``, ``alpha`` and ``scaling``.
+
+        Raises:
+            NoAdapterError: there is no such adapter here.
+        """
+        if name not in self.adapter_names():
+            has = ", ".join(map(repr, self.adapter_names())) or "none"
+            msg = f"{self.fqn or 'this layer'} has no adapter {name!r}; it has {has}"
+            raise NoAdapterError(msg)
+        return self if name == DEFAULT_ADAPTER else self.adapters[name]
+
+    def put_adapter(self, name: str, adapter: LoRAPair) -> None:
+        """Hold one more adapter, under a name that is not taken here."""
+        if "adapters" not in self._modules:
+            self.adapters = LoRAPairs()
+        self.adapters[name] = adapter.train(self.training)
+        self._settle()
+
+    def drop_adapter(self, name: str) -> None:
+        """Let go of an adapter that :meth:`put_adapter` added."""
+        del self.adapters[name]
+        if not self.adapters:
+            del self.adapters
+        self._settle()
 
     def reset_adapter(self) -> None:
         """Write the initial values: A drawn from (seed, name), B zero; the base is not touched.
+
+        Those of every adapter here; a frozen one computes the base alone until it is loaded.
 
         Works on plain parameters and on DTensors of any placement, without communication.
 
         Raises:
             NoAdapterError: the parameters are on the meta device.
         """
-        if self.lora_a.weight.is_meta or self.lora_b.weight.is_meta:
-            msg = (
-                f"the adapter of {self.fqn or 'this layer'} is on the meta device; call "
-                "to_empty(device=...) on the model first"
+        for name in self.adapter_names():
+            adapter = self.adapter_of(name)
+            reset_factors(
+                (
+                    ("lora_a.weight", adapter.lora_a.weight, adapter.init),
+                    ("lora_b.weight", adapter.lora_b.weight, "zeros"),
+                ),
+                fqn=adapter.fqn,
+                seed=adapter.seed,
             )
-            raise NoAdapterError(msg)
-        prefix = f"{self.fqn}." if self.fqn else ""
-        for name, factor, kind in (
-            ("lora_a", self.lora_a, self.init),
-            ("lora_b", self.lora_b, "zeros"),
-        ):
-            value = initial_value(self.seed, f"{prefix}{name}.weight", factor.weight.shape, kind)
-            copy_global_(factor.weight, value)
 
     def reset_parameters(self) -> None:
         """Draw a new base as ``nn.Linear`` does, and reset the adapter."""
@@ -239,27 +268,59 @@ class LoRALinear(nn.Linear):
         if "lora_b" in self._modules:  # nn.Linear.__init__ calls this before they exist
             self.reset_adapter()
 
-    def merged_weight(self) -> Tensor:
+    def merged_weight(self, adapter: str = DEFAULT_ADAPTER) -> Tensor:
         """Base plus update in fp32, as a new tensor: ``W + scaling * B A``.
 
         On sharded parameters every rank gets the whole tensor; all ranks of the mesh must call.
 
+        Args:
+            adapter: name of the one that is folded in.
+
         Returns:
             fp32, ``(out_features, in_features)``.
+
+        Raises:
+            NoAdapterError: there is no such adapter here.
         """
-        return merge_factors(self.weight, self.lora_a.weight, self.lora_b.weight, self.scaling)
+        chosen = self.adapter_of(adapter)
+        return merge_factors(
+            self.weight, chosen.lora_a.weight, chosen.lora_b.weight, chosen.scaling
+        )
+
+    @property
+    def disabled(self) -> bool:
+        """Whether forward computes the base layer alone, whatever adapter is active."""
+        return self._disabled
+
+    @property
+    def active(self) -> str:
+        """The adapter that forward uses unless disabled; the base alone if it is not here."""
+        return self._active
 
     def enable(self) -> None:
-        """Let forward add the update."""
-        self.disabled = False
+        """Let forward add the active adapter's update."""
+        self._disabled = False
+        self._settle()
 
     def disable(self) -> None:
         """Let forward compute the base layer alone."""
-        self.disabled = True
+        self._disabled = True
+        self._settle()
+
+    def activate(self, name: str) -> None:
+        """Let forward use this adapter, or the base alone if it is not here; does not enable."""
+        self._active = name
+        self._settle()
+
+    def _settle(self) -> None:
+        """Work out what forward does: one test there, whatever led to it."""
+        self._alone = self._disabled or self._active not in self.adapter_names()
 
     def extra_repr(self) -> str:
         """The settings that a reader of ``print(model)`` looks for."""
         state = ", disabled" if self.disabled else ""
+        if self._active != DEFAULT_ADAPTER:
+            state += f", active={self._active!r}"
         return (
             f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, "
             f"scaling={self.scaling:g}, dropout={self.dropout.p:g}{state}"

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+DEFAULT_ADAPTER: Final = "default"
+"""Name of the adapter that ``apply_lora()`` makes."""
+
+REFERENCE_ADAPTER: Final = "reference"
+"""Name of the frozen adapter that a policy is compared with, where that is not the bare base."""
 
 _WRAPPERS = frozenset(
     {
