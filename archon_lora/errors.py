@@ -14,6 +14,7 @@
     ├── ModelLoadError       (ValueError)        a model directory that cannot be loaded
     ├── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
     ├── TrainConfigError     (ValueError)        a setting of a training run
+    ├── ParallelConfigError  (ValueError)        a layout that ranks, model or adapter do not fit
     ├── EngineNotReady       (RuntimeError)      a call that the engine's state does not allow
     └── NonFiniteGradient    (ArithmeticError)   NaN or infinity in the gradients
 """
@@ -71,6 +72,10 @@ class PeerFailed(ArchonLoraError, RuntimeError):
 
 class TrainConfigError(ArchonLoraError, ValueError):
     """A setting of a training run; names the key, what was given and what is wanted."""
+
+
+class ParallelConfigError(ArchonLoraError, ValueError):
+    """A layout over ranks that does not fit their number, the model or the adapter."""
 
 
 class EngineNotReady(ArchonLoraError, RuntimeError):
