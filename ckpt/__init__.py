@@ -28,6 +28,7 @@ from .errors import (
 )
 from .handle import SaveHandle
 from .manager import CheckpointManager
+from .peft_model import export_of_peft
 from .restore import DamagedStep, RestoreReport
 from .state_parts import ALL_PARTS, Part
 from .takeover import WarmStart, warm_start
@@ -67,5 +68,6 @@ __all__ = [
     "UnrestoredRoot",
     "VoteTimeout",
     "WarmStart",
+    "export_of_peft",
     "warm_start",
 ]

@@ -165,7 +165,7 @@ def _uncovered(export: AdapterExport, shapes: Mapping[str, tuple[int, ...]]) -> 
     used: dict[str, set[int | None]] = {}
     for rule in export.rules:
         used.setdefault(rule.source, set()).add(rule.index)
-    lost = [name for name in shapes if name not in used]
+    lost = [name for name in shapes if name not in used and name not in export.others]
     for name, indices in used.items():
         if None not in indices and name in shapes:
             lost += [f"{name}[{i}]" for i in range(shapes[name][0]) if i not in indices]

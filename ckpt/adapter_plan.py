@@ -70,7 +70,7 @@ def plan_adapter(
         _plan_tensor(rule, records) for rule in sorted(export.rules, key=lambda rule: rule.key)
     )
     _check_ranks(planned, export)
-    _check_complete(planned, records)
+    _check_complete(planned, records, export.others)
     for record in {tensor.record.name: tensor.record for tensor in planned}.values():
         check_cover(record)
     header, size = _lay_out(planned, dtype)
@@ -131,8 +131,11 @@ def _check_ranks(planned: tuple[PlannedTensor, ...], export: AdapterExport) -> N
 
 
 def _check_complete(
-    planned: tuple[PlannedTensor, ...], records: Mapping[str, TensorRecord]
+    planned: tuple[PlannedTensor, ...],
+    records: Mapping[str, TensorRecord],
+    others: tuple[str, ...],
 ) -> None:
+    elsewhere = {MODEL_PREFIX + name for name in others}
     used: dict[str, set[int | None]] = {}
     for tensor in planned:
         used.setdefault(tensor.record.name, set()).add(tensor.rule.index)
@@ -140,7 +143,10 @@ def _check_complete(
     lost = sorted(
         name.removeprefix(MODEL_PREFIX)
         for name, record in records.items()
-        if name.startswith(MODEL_PREFIX) and name not in used and _is_weight(record)
+        if name.startswith(MODEL_PREFIX)
+        and name not in used
+        and name not in elsewhere
+        and _is_weight(record)
     )
     if lost:
         msg = (
@@ -209,7 +215,7 @@ class AdapterPlans:
     ) -> AdapterPlan:
         """What :func:`plan_adapter` gives; raises as it does."""
         # The configuration is compared in bytes: a caller may change it in place.
-        key = (dtype, canonical_json(export.peft_config), export.rules)
+        key = (dtype, canonical_json(export.peft_config), export.rules, export.others)
         same = len(records) == len(self._records) and all(
             map(operator.is_, records.values(), self._records)
         )

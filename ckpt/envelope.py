@@ -282,6 +282,16 @@ class Fields:
             self.refuse(name, "must not be empty", value)
         return value
 
+    def texts(self, name: str, limit: int = 4096) -> tuple[str, ...]:
+        """A list, not empty, of texts of at most ``limit`` characters."""
+        value = self.raw(name)
+        if not isinstance(value, list) or not value:
+            self.refuse(name, "must be a list of texts that is not empty", value)
+        for item in value:
+            if not isinstance(item, str) or len(item) > limit:
+                self.refuse(name, f"must hold texts of at most {limit} characters", item)
+        return tuple(value)
+
     def objects(self, name: str) -> list[Fields]:
         """A list of objects."""
         value = self.raw(name)

@@ -62,10 +62,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.Tensor]]]:
     """Every parameter's name, and what of the model belongs into a checkpoint.
 
-    That is the parameters that require a gradient, and the persistent buffers of the modules
-    that own one or are adapters (have ``adapter_params``); if nothing is frozen, all persistent
-    buffers. Tied parameters count once, under their first name. Parameters that FSDP2 holds
-    gathered become shards again (local and cheap; not for use during a forward).
+    That is the parameters that require a gradient, those of adapters whether they train at the
+    moment or not (see :func:`adapter_parts`), and the persistent buffers of the modules that own
+    one of these; if nothing is frozen, all persistent buffers. Tied parameters count once, under
+    their first name. Parameters that FSDP2 holds gathered become shards again (local and cheap;
+    not for use during a forward).
 
     Returns:
         ``id(parameter)`` to canonical FQN, and (canonical FQN, tensor) pairs in model order.
@@ -73,6 +74,8 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
     names: dict[int, str] = {}
     found: list[tuple[str, torch.Tensor]] = []
     buffers: list[tuple[bool, str, torch.Tensor]] = []
+    owned: set[str] = set()
+    below: set[str] = set()
     frozen = False
     for path, module in walk(model):
         if isinstance(module, FSDPModule):
@@ -80,13 +83,20 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
             # cast. Parents come first, so what a module manages is its shards when it is reached.
             module.reshard()
         prefix = f"{path}." if path else ""
-        trains = hasattr(module, "adapter_params")
+        parameters, containers = adapter_parts(module)
+        owned.update(prefix + name for name in parameters)
+        below.update(prefix + name for name in containers)
+        inside = path in below or path.rpartition(".")[0] in below
+        if inside:
+            below.add(path)
+        trains = inside or bool(parameters)
         for name, parameter in module.named_parameters(recurse=False):
-            trains = trains or parameter.requires_grad
+            kept = parameter.requires_grad or inside or prefix + name in owned
+            trains = trains or kept
             if id(parameter) in names:
                 continue
             names[id(parameter)] = prefix + name
-            if parameter.requires_grad:
+            if kept:
                 found.append((prefix + name, parameter))
             else:
                 frozen = True
@@ -97,6 +107,24 @@ def trainable(model: nn.Module) -> tuple[dict[int, str], list[tuple[str, torch.T
                 buffers.append((trains, prefix + name, buffer))
     found += [(name, buffer) for trains, name, buffer in buffers if trains or not frozen]
     return names, found
+
+
+def adapter_parts(module: nn.Module) -> tuple[Collection[str], Collection[str]]:
+    """What of a module belongs to adapters, by the protocols of this project and of PEFT.
+
+    PEFT's layers name the containers in which they keep one entry an adapter. It makes only the
+    active adapter require a gradient, so what is saved must not depend on that: a run that
+    switches between its policy and a frozen reference resumes with both.
+
+    Returns:
+        Names relative to the module: of parameters, and of children all of whose parameters
+        are adapters'.
+    """
+    own = getattr(module, "adapter_params", None)
+    containers = getattr(type(module), "adapter_layer_names", ())
+    if not isinstance(containers, tuple) or not hasattr(module, "active_adapters"):
+        containers = ()
+    return own() if callable(own) else (), [name for name in containers if name in module._modules]
 
 
 class TrainableWalk:

@@ -32,10 +32,10 @@ STEP_FORMAT = "ckpt.step"
 VERSION_FORMAT = "ckpt.version"
 WRITER_FORMAT = "ckpt.writer"
 SCHEMA = 1
-STEP_SCHEMA = 2
+STEP_SCHEMA = 3
 """The newest schema of a step's manifest. One that needs nothing of it is written as schema 1."""
 
-_SINCE = {"metrics": 2}
+_SINCE = {"metrics": 2, "other_adapters": 3}
 _METRIC_NAME_MAX = 200
 _DTYPE_NAME = re.compile(r"[A-Za-z0-9_]{1,32}")
 
@@ -146,8 +146,11 @@ class StepManifest:
         }
         if self.metrics:
             body["metrics"] = plain_json(self.metrics, "metrics")
+        others = () if self.export is None else self.export.others
+        if others:
+            body["other_adapters"] = list(others)
         _check({**body, "tensors": []}, STEP_FORMAT, _parse_step)
-        schema = STEP_SCHEMA if self.metrics else SCHEMA
+        schema = max([SCHEMA, *(_SINCE[name] for name in _SINCE if name in body)])
         return seal(STEP_FORMAT, schema, body, {"tensors": checked.encoded})
 
     @classmethod
@@ -310,7 +313,7 @@ def _parse_step(body: dict[str, Any], where: str) -> StepManifest:
         mesh=fields.optional("mesh", fields.json),
         fingerprint=fields.text("fingerprint", 200),
         base=parse_base(fields),
-        export=parse_export(fields),
+        export=parse_export(fields, with_others="other_adapters" in body),
         tensors=tensors,
         files=files,
         adapter_sha256=fields.optional("adapter_sha256", fields.sha256),

@@ -166,6 +166,9 @@ def check_export(export: AdapterExport) -> None:
             raise ConfigError(f"two export rules make the same PEFT key {rule.key!r}")
         pair[side] = rule
         _check_rule(rule)
+    both = sorted({rule.source for rule in export.rules}.intersection(export.others))
+    if both:
+        raise ConfigError(f"{both[0]!r} is exported and said to be another adapter's")
     for module, pair in sides.items():
         if len(pair) != 2:
             (have,) = pair

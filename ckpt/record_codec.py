@@ -95,15 +95,22 @@ def parse_base(fields: Fields) -> BaseIdentity | None:
     return identity
 
 
-def parse_export(fields: Fields) -> AdapterExport | None:
-    """The member ``export``; no PEFT key may be made twice."""
+def parse_export(fields: Fields, *, with_others: bool) -> AdapterExport | None:
+    """The member ``export``, and ``other_adapters`` where the document has it.
+
+    No PEFT key may be made twice.
+    """
+    others = fields.texts("other_adapters") if with_others else ()
     if fields.raw("export") is None:
+        if with_others:
+            fields.refuse("other_adapters", "must be absent without an export", list(others))
         return None
     export = fields.child("export")
     rules = tuple(_parse_rule(rule) for rule in export.objects("rules"))
-    result = AdapterExport(peft_config=export.json("peft_config"), rules=rules)
+    result = AdapterExport(peft_config=export.json("peft_config"), rules=rules, others=others)
     export.done()
     _refuse_repeats(fields, "export.rules", (rule.key for rule in rules))
+    _refuse_repeats(fields, "other_adapters", others)
     return result
 
 

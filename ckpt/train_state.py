@@ -20,6 +20,7 @@ from .optim import (
     parameter_names,
     take_scheduled_rates,
 )
+from .peft_model import export_of_peft, find_peft_model
 from .rng import apply_rng, capture_rng, derive_rng
 from .state import encode_state
 from .state_parts import ALL_PARTS, Part
@@ -57,19 +58,21 @@ class LiveTensors:
 class TrainState:
     """A model's trainable part, its optimizer, and everything else that an exact resume needs.
 
-    Saved are the parameters that require a gradient, the persistent buffers of what trains,
-    the optimizer state of these, the scheduler, ``extra``, and *per rank*: the random number
-    generators, the data position and ``per_rank``. A frozen base is named by ``base`` only.
+    Saved are the parameters that require a gradient, every adapter's, the persistent buffers of
+    what trains, the optimizer state of these, the scheduler, ``extra``, and *per rank*: the random
+    number generators, the data position and ``per_rank``. A frozen base is named by ``base`` only.
 
     Args:
         model: the (sharded, wrapped or plain) model, or the model parts of this rank.
-        optimizer: built over the model's parameters, or None.
+        optimizer: built over the model's parameters, or None; a wrapper that keeps the real one as
+            ``.optimizer`` (Accelerate's) will do.
         scheduler: an LR scheduler, or None.
         dataloader: gives this rank's data position, or None.
         extra: JSON-like values that are equal on all ranks, such as ``policy_version``. The dict
             is updated in place by a restore.
         per_rank: objects whose state differs from rank to rank, by name.
-        export: how the PEFT adapter is made. By default ``model.adapter_export()`` is asked.
+        export: how the PEFT adapter is made. By default ``model.adapter_export()`` is asked, and
+            of a model that PEFT wrapped it is :func:`ckpt.peft_model.export_of_peft`.
         base: which frozen base the adapter belongs to; a restore over another one is refused.
 
     Raises:
@@ -92,7 +95,7 @@ class TrainState:
             (model,) if isinstance(model, nn.Module) else tuple(model)
         )
         self._walks = tuple(map(TrainableWalk, self.models))
-        self.optimizer = optimizer
+        self.optimizer = _innermost(optimizer)
         self.scheduler = scheduler
         self.dataloader = dataloader
         self.extra: dict[str, Any] = {} if extra is None else _mutable("extra", extra)
@@ -130,7 +133,9 @@ class TrainState:
             )
             if maker is not None:
                 return export_of(maker())
-        return None
+        # A model that PEFT wrapped has no such call; which of its adapters is active, it knows.
+        wrapped = [model for model in self.models if find_peft_model(model) is not None]
+        return export_of_peft(wrapped[0]) if wrapped else None
 
     def live(self) -> LiveTensors:
         """Walk the model and the optimizer; cheap enough for every save.
@@ -300,6 +305,13 @@ def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> N
     tensors[key] = tensor
 
 
+def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """The optimizer below wrappers: its state and its class's name are what a checkpoint keeps."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def _mutable(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         msg = f"{name} must be a dict (a restore updates it in place), got {type(value).__name__}"
@@ -327,7 +339,8 @@ def export_of(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:
         return export
     try:
         rules = tuple(TensorRule(**rule) for rule in export["rules"])
-        return AdapterExport(peft_config=dict(export["peft_config"]), rules=rules)
+        others = tuple(export.get("others", ()))
+        return AdapterExport(dict(export["peft_config"]), rules, others)
     except (KeyError, TypeError) as error:
         msg = f"the adapter export needs 'peft_config' and 'rules' of TensorRule fields: {error}"
         raise ConfigError(msg) from error

@@ -104,10 +104,13 @@ class AdapterExport:
     Attributes:
         peft_config: content of ``adapter_config.json``.
         rules: one rule for every tensor of ``adapter_model.safetensors``.
+        others: canonical FQNs of tensors that are saved with it and belong to other adapters of the
+            same model; they are left out of this adapter on purpose.
     """
 
     peft_config: Mapping[str, Any]
     rules: tuple[TensorRule, ...]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
