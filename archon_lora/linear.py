@@ -190,9 +190,13 @@ class LoRALinear(nn.Linear):
         if self._alone:
             return base_XO
         adapter = self if self._active == DEFAULT_ADAPTER else self.adapters[self._active]
-        adapter_XI = x.to(adapter.lora_a.weight.dtype)
-        update_XO: Tensor = adapter.lora_b(adapter.lora_a(adapter.dropout(adapter_XI)))
-        return (base_XO + update_XO * adapter.scaling).to(base_XO.dtype)
+        lora_a, dropout = adapter.lora_a, adapter.dropout
+        adapter_XI = x.to(lora_a.weight.dtype)
+        if dropout.p:
+            adapter_XI = dropout(adapter_XI)
+        # Scaled at rank width: over the output it would be one more pass, forward and backward.
+        update_XO: Tensor = adapter.lora_b(lora_a(adapter_XI) * adapter.scaling)
+        return (base_XO + update_XO).to(base_XO.dtype)
 
     def adapter_params(self) -> list[str]:
         """Names, relative to this module, of the parameters of all adapters that train."""

@@ -22,6 +22,7 @@ from archon_lora import (
 )
 from archon_lora.peft_config import IGNORED, PEFT_VERSION, READ, REFUSED
 from archon_lora.targets import selects
+from benchmarks.activations import kept_bytes
 
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -108,7 +109,8 @@ def theirs(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
 
 def ours(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Net:
     model = net(dtype)
-    apply_lora(model, LoRAConfig(rank=4, alpha=8, **options))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    apply_lora(model, LoRAConfig(rank=4, alpha=8, adapter_dtype=wide, **options))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in get_adapter_params(model).values():
@@ -245,19 +247,30 @@ def test_where_peft_takes_what_matches_we_name_what_does_not() -> None:
 # -- numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "gradients"),
+    [
+        (torch.float32, {"rtol": 1e-6, "atol": 1e-6}, {"rtol": 1e-5, "atol": 1e-6}),
+        # Where rounding hides nothing. We scale before B and PEFT after it.
+        (torch.float64, {"rtol": 1e-13, "atol": 1e-14}, {"rtol": 1e-12, "atol": 1e-14}),
+    ],
+    ids=["fp32", "fp64"],
+)
 @pytest.mark.parametrize("name", list(OPTIONS))
-def test_forward_and_gradients_are_equal(name: str) -> None:
-    mine, other = twins(name)
-    x = torch.randn(5, 16)
+def test_forward_and_gradients_are_equal(
+    name: str, dtype: torch.dtype, outputs: dict[str, float], gradients: dict[str, float]
+) -> None:
+    mine, other = twins(name, dtype)
+    x = torch.randn(5, 16, dtype=dtype)
     left, right = mine(x), other(x)
-    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(left, net()(x), atol=1e-3), "the adapter has no effect"
+    torch.testing.assert_close(left, right, **outputs)
+    assert not torch.allclose(left, net(dtype)(x), atol=1e-3), "the adapter has no effect"
     left.square().mean().backward()
     right.square().mean().backward()
     expected = factors(other)
     for key, parameter in get_adapter_params(mine).items():
         assert torch.count_nonzero(parameter.grad)
-        torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(parameter.grad, expected[key].grad, **gradients)
 
 
 @pytest.mark.parametrize("name", ["plain", "patterns and rslora"])
@@ -474,3 +487,13 @@ def test_an_adapter_that_peft_saved_loads_into_ours_and_back_to_the_byte(tmp_pat
     saved = safetensors_torch.load_file(again / "adapter_model.safetensors")
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_take_no_more_memory_than_with_peft(dtype: torch.dtype) -> None:
+    ours, theirs = net(dtype), net(dtype)
+    apply_lora(ours, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules="all-linear"))
+    x = torch.randn(6, 16, dtype=dtype)
+    mine = kept_bytes(ours, lambda: ours(x))
+    assert 0 < mine <= kept_bytes(wrapped, lambda: wrapped(x))

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archon_lora import LoRAConfigError, LoRALinear, NoAdapterError, TargetError
 from archon_lora.linear import check_base
+from benchmarks.activations import kept_bytes
 
 
 def bits(tensor: torch.Tensor) -> str:
@@ -261,3 +263,41 @@ def test_a_copy_is_independent() -> None:
     trained(twin)
     assert torch.count_nonzero(layer.lora_b.weight) == 0
     assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_forward_keeps_its_input_and_the_narrow_middle_for_backward(base: torch.dtype) -> None:
+    tokens, width, rank = 32, 48, 4
+    layer = trained(LoRALinear(width, 96, rank=rank, alpha=8, dtype=base))
+    x = torch.randn(tokens, width, dtype=base, requires_grad=True)
+    # In the adapter's dtype, fp32: the input for A's gradient, what A made of it for B's. Nothing
+    # as wide as the output.
+    assert kept_bytes(layer, lambda: layer(x)) == 4 * tokens * (width + rank)
+    layer.disable()
+    assert kept_bytes(layer, lambda: layer(x)) == 0
+
+
+class WidePasses(TorchDispatchMode):
+    """The operations whose result has the given shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.found = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and tuple(result.shape) == self.shape:
+            self.found.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_the_update_costs_one_product_and_one_sum_at_output_width_and_nothing_backward() -> None:
+    layer = trained(LoRALinear(16, 64, rank=2, alpha=6, bias=False))
+    x = torch.randn(8, 16, requires_grad=True)
+    with WidePasses((8, 64)) as forward:
+        y = layer(x)
+    assert forward.found == ["mm", "mm", "add"]
+    gradient = torch.randn(8, 64)
+    with WidePasses((8, 64)) as backward:
+        y.backward(gradient)
+    assert backward.found == []
