@@ -85,6 +85,8 @@ bench-readme: $(STAMP) ## put the newest figures into the README
 bench-peers: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[bench]'
+	-test -d benchmarks/.peers/torchtune || $(BIN)/python -m pip install --quiet --no-deps \
+	  --disable-pip-version-check --target benchmarks/.peers -r benchmarks/torchtune.txt
 
 lint: $(STAMP) ## style, format, types, direction of imports
 	$(BIN)/ruff check .
@@ -102,6 +104,6 @@ constraints: $(STAMP) ## write constraints.txt anew from what .venv holds
 	mv constraints.new constraints.txt
 
 clean: ## remove .venv and everything that was generated
-	rm -rf $(VENV) demo-out build dist *.egg-info .coverage* \
+	rm -rf $(VENV) benchmarks/.peers demo-out build dist *.egg-info .coverage* \
 	  .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -191,12 +191,14 @@ class LoRALinear(nn.Linear):
             return base_XO
         adapter = self if self._active == DEFAULT_ADAPTER else self.adapters[self._active]
         lora_a, dropout = adapter.lora_a, adapter.dropout
-        adapter_XI = x.to(lora_a.weight.dtype)
+        # Of small layers every call counts: none is made that would change nothing.
+        dtype = lora_a.weight.dtype
+        adapter_XI = x if x.dtype is dtype else x.to(dtype)
         if dropout.p:
             adapter_XI = dropout(adapter_XI)
         # Scaled at rank width: over the output it would be one more pass, forward and backward.
-        update_XO: Tensor = adapter.lora_b(lora_a(adapter_XI) * adapter.scaling)
-        return (base_XO + update_XO).to(base_XO.dtype)
+        sum_XO: Tensor = base_XO + adapter.lora_b(lora_a(adapter_XI) * adapter.scaling)
+        return sum_XO if sum_XO.dtype is base_XO.dtype else sum_XO.to(base_XO.dtype)
 
     def adapter_params(self) -> list[str]:
         """Names, relative to this module, of the parameters of all adapters that train."""

@@ -15,6 +15,7 @@ from typing import Any
 from .adapters import publishes, uploads
 from .growth import growth
 from .handoff import handoff, handoff_s3
+from .layers import layers
 from .loads import loads
 from .memory import SECTIONS
 from .plots import write_plots
@@ -61,6 +62,7 @@ def _arguments() -> argparse.Namespace:
 def _sections() -> Mapping[str, Callable[[Settings, Settings], Any]]:
     """Every section by name; it is given settings for the disk and for memory."""
     return {
+        "layers": lambda disk, memory: run_section(layers, disk),
         "saves-1": lambda disk, memory: run_section(saves, disk),
         "saves-2": lambda disk, memory: run_section(saves, disk, world=2),
         "saves-memory": lambda disk, memory: run_section(core_saves, memory),

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from ckpt import CheckpointManager, Retention, TrainState
 
+from .peers import first_line
 from .processes import Settings
 from .rounds import Sample, interleave
 from .s3_server import BUCKET, S3Server, running_server
@@ -330,7 +331,7 @@ def uploads(settings: Settings) -> dict[str, Any]:
                 trial.measure(-1)
                 trials.append(trial)
             except Exception as error:  # noqa: BLE001 - whatever a peer raises is the reason
-                skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                skipped[name] = first_line(error)
         for trial in trials:
             stack.callback(trial.close)
         rounds = interleave(trials, repeats=settings.repeats, seconds=settings.seconds)

@@ -173,6 +173,12 @@ class TorchSnapshot(Saver):
         remove_tree(self._folder / f"{step}")
 
 
+def first_line(error: Exception) -> str:
+    """Why a peer is not measured."""
+    text = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
 def optional(
     makers: Mapping[str, Callable[[], Saver]],
 ) -> tuple[list[Saver], dict[str, str]]:
@@ -189,7 +195,7 @@ def optional(
             saver.measure(-1)
             works.append(saver)
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is the reason
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            skipped[name] = first_line(error)
             if saver is not None:
                 with suppress(Exception):
                     saver.close()

@@ -15,6 +15,8 @@ from .adapters import (
     SaveFileSynced,
 )
 from .handoff import STAND_IN, PlainGet
+from .layers import KINDS, PEFT, TORCHTUNE, Kind, trial_name
+from .layers import OURS as OUR_LAYER
 from .loads import HuggingFace, Restore
 from .peers import DcpAsync, DcpSave
 from .rounds import Spread, ratio, values_of
@@ -24,6 +26,8 @@ from .slowdown import IDLE
 OURS = Manager.name
 UPLOAD_REQUESTS = 3
 """Of a publish by one rank: ranks + 2."""
+SAME_SPEED = 1.02
+"""No slower than a peer: two runs of the very same layer differ by up to 2 %."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
     """The rows that the measured sections allow.
 
     Args:
-        sections: results by name; ``saves-1``, ``saves-2``, ``saves-memory``, ``slowdown``,
-            ``publishes``, ``publishes-memory``, ``uploads``, ``handoff``, ``handoff-memory``,
-            ``handoff-s3``, ``loads``, ``memory``.
+        sections: results by name; ``layers``, ``saves-1``, ``saves-2``, ``saves-memory``,
+            ``slowdown``, ``publishes``, ``publishes-memory``, ``uploads``, ``handoff``,
+            ``handoff-memory``, ``handoff-s3``, ``loads``, ``memory``.
     """
     found: list[Row] = []
+    if "layers" in sections:
+        found += _layers(sections["layers"])
     if "saves-1" in sections:
         found += [_stall(sections["saves-1"], "plain tensors", 1.3)]
     if "saves-2" in sections:
@@ -106,6 +112,30 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
     if "memory" in sections:
         found += [_memory(sections["memory"])]
     return found
+
+
+def _layers(section: Any) -> list[Row]:
+    found = []
+    for kind in KINDS:
+        names = [trial_name(peer, kind) for peer in (PEFT, TORCHTUNE)]
+        names = [name for name in names if name in section["rounds"]]
+        if names:
+            found.append(_layer(section["rounds"], kind, names))
+    return found
+
+
+def _layer(rounds: Any, kind: Kind, peers: list[str]) -> Row:
+    ours = trial_name(OUR_LAYER, kind)
+    fastest = min(peers, key=lambda name: Spread.of(values_of(rounds, name, "cpu")).middle)
+    kept = values_of(rounds, ours, "kept")[0]
+    least = min(values_of(rounds, name, "kept")[0] for name in peers)
+    return Row(
+        f"`LoRALinear`, forward and backward / {fastest}, the faster peer",
+        ratio(rounds, (ours, "cpu"), (fastest, "cpu")),
+        SAME_SPEED,
+        note=f"activations {kept / least:.2f} of the least of a peer",
+        also_holds=kept <= least,
+    )
 
 
 def _stall(section: Any, kind: str, target: float) -> Row:

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.adapters import PlainPut, Publish
 from benchmarks.handoff import PARTS, STAND_IN, PlainGet
+from benchmarks.layers import KINDS, PEFT, TORCHTUNE, trial_name
+from benchmarks.layers import OURS as OUR_LAYER
 from benchmarks.peers import DcpAsync, DcpSave
 from benchmarks.readme import BEGIN, END, refresh
 from benchmarks.rounds import Spread, interleave, ratio
@@ -200,3 +203,27 @@ def test_over_s3_a_hand_over_is_held_against_a_plain_get() -> None:
     assert (all_of_it.measured.middle, all_of_it.reached) == (pytest.approx(3.0), False)
     assert "the upload alone is 1.20x" in all_of_it.note
     assert "Server: moto on loopback" in as_markdown("", "tiny", [], {"handoff-s3": section})
+
+
+def layer_rounds(**ours: float) -> dict[str, object]:
+    theirs = {PEFT: {"cpu": 9.0, "kept": 8.0}, TORCHTUNE: {"cpu": 7.0, "kept": 9.0}}
+    return {
+        "rounds": {
+            trial_name(name, kind): [{"total": 1.0, **found}] * 3
+            for kind in KINDS
+            for name, found in {OUR_LAYER: ours, **theirs}.items()
+            if name != TORCHTUNE or kind.base is torch.float32
+        }
+    }
+
+
+def test_a_layer_is_held_against_the_faster_peer_and_the_least_memory() -> None:
+    found = rows({"layers": layer_rounds(cpu=7.0, kept=8.0)})
+    assert [row.reached for row in found] == [True] * len(KINDS)
+    assert found[0].measured.middle == pytest.approx(1.0)
+    assert TORCHTUNE in found[0].what
+    slower = rows({"layers": layer_rounds(cpu=8.0, kept=8.0)})
+    # With a bf16 base torchtune has no number, and PEFT is the one to beat.
+    assert [row.reached for row in slower] == [kind.base is not torch.float32 for kind in KINDS]
+    wider = rows({"layers": layer_rounds(cpu=7.0, kept=8.5)})
+    assert not any(row.reached for row in wider)
