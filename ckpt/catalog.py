@@ -186,7 +186,7 @@ def list_steps(storage: Storage) -> list[StepEntry]:
     """
     found = step_dirs(storage)
     lineage = set(read_lineage(storage, found).steps)
-    return [_entry(storage, step, epoch, (step, epoch) in lineage) for step, epoch in found]
+    return [step_entry(storage, step, epoch, (step, epoch) in lineage) for step, epoch in found]
 
 
 def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = None) -> StepEntry:
@@ -217,7 +217,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
     if not tries:
         raise NoCheckpoint(_no_such_step(storage, step, epoch, lineage))
     pair = (counted or tries)[0]
-    entry = _entry(storage, *pair, pair in lineage)
+    entry = step_entry(storage, *pair, pair in lineage)
     if entry.state == "incomplete":
         raise NoCheckpoint(f"step {step} of {storage.url} was never committed: {entry.problem}")
     if entry.state not in _READABLE:
@@ -227,7 +227,7 @@ def find_step(storage: Storage, step: int | None = None, *, epoch: int | None = 
 
 def _newest(storage: Storage, lineage: Sequence[tuple[int, int]]) -> StepEntry:
     for step, epoch in lineage:
-        entry = _entry(storage, step, epoch, True)
+        entry = step_entry(storage, step, epoch, True)
         if entry.state == "committed":
             return entry
         log.warning("passing over %s step %d: %s", entry.state, step, entry.problem)
@@ -251,7 +251,18 @@ def step_dirs(storage: Storage) -> list[tuple[int, int]]:
     return sorted(pair for pair in parsed if pair is not None)
 
 
-def _entry(storage: Storage, step: int, epoch: int, in_lineage: bool) -> StepEntry:
+def step_entry(storage: Storage, step: int, epoch: int, in_lineage: bool) -> StepEntry:
+    """What lies in a step's directory: its manifest is read, its files' sizes asked for.
+
+    Args:
+        storage: the root.
+        step: step number.
+        epoch: the writer's epoch.
+        in_lineage: whether a restore may choose it; says ``committed`` from ``abandoned``.
+
+    Raises:
+        StorageError: the store failed.
+    """
     path = step_dir(step, epoch)
     where = f"{storage.url}/{path}/{MANIFEST}"
     try:

@@ -35,6 +35,7 @@ from .cli_export import export_command
 from .cli_lint import lint_command
 from .cli_mirror import mirror_command
 from .cli_prune import pin_command, prune_command, unpin_command
+from .cli_serve import serve_command
 from .cli_sync import sync_command
 from .cli_versions import publish_command, versions_command
 from .errors import NoCheckpoint
@@ -267,3 +268,4 @@ app.command("pin")(pin_command)
 app.command("unpin")(unpin_command)
 app.command("mirror")(mirror_command)
 app.command("sync")(sync_command)
+app.command("serve")(serve_command)

@@ -1,0 +1,93 @@
+"""The command that answers over HTTP: serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_console import Endpoint, reported, store_options
+from .errors import ConfigError
+
+_EXTRA = frozenset({"fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic", "h11"})
+
+log = logging.getLogger("ckpt.service")
+
+
+def serve_command(
+    root: Annotated[
+        list[str],
+        typer.Option("--root", help="URL, or NAME=URL, of a run's root; repeat."),
+    ],
+    listen: Annotated[
+        str, typer.Option("--listen", help="HOST:PORT; other than loopback needs tokens.")
+    ] = "127.0.0.1:8080",
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="Lines of SCOPE TOKEN [NAME]; scopes: read lease admin."),
+    ] = None,
+    presign: Annotated[
+        bool, typer.Option("--presign", help="Let downloads be redirected to signed S3 URLs.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Jobs at one time; 0 for none.")] = 2,
+    poll: Annotated[
+        float | None, typer.Option("--poll", help="Seconds between looks while somebody waits.")
+    ] = None,
+    drain: Annotated[
+        float, typer.Option("--drain", help="Seconds that callers get to end at a SIGTERM.")
+    ] = 10.0,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option("--host-name", help="Name in the Host header to answer without tokens."),
+    ] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Answer over HTTP what roots hold: runs, steps, versions, events, downloads, jobs."""
+    with reported(as_json=False):
+        try:
+            from .service import RootSpec, ServiceConfig
+            from .service.auth import TokenSet
+            from .service.server import Service, log_to_stderr
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _EXTRA:
+                raise
+            msg = f"ckpt serve needs {error.name}: pip install 'archon-lora[cli,service]'"
+            raise ConfigError(msg) from None
+        host, port = _address(listen)
+        specs = [RootSpec.parse(text) for text in root]
+        config = ServiceConfig(
+            roots=[
+                RootSpec(spec.name, spec.url, store_options(spec.url, endpoint_url))
+                for spec in specs
+            ],
+            host=host,
+            port=port,
+            tokens=TokenSet.read(token_file),
+            presign=presign,
+            job_workers=jobs,
+            poll_s=poll,
+            drain_s=drain,
+            allowed_hosts=frozenset(name.lower() for name in host_name or ()),
+        )
+        service = Service(config)
+        log_to_stderr()
+        served = service.run()
+        if not served:
+            raise ConfigError(f"cannot listen on {listen}; the log above says why")
+    logging.shutdown()
+    sys.stderr.flush()
+    # A request to a store that does not answer cannot be called back, and would hold the process.
+    os._exit(0)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit():
+        msg = f"--listen must be HOST:PORT, such as 127.0.0.1:8080, got {text!r}"
+        raise ConfigError(msg)
+    return host, int(port)
