@@ -32,6 +32,7 @@ from .peft_model import export_of_peft
 from .restore import DamagedStep, RestoreReport
 from .state_parts import ALL_PARTS, Part
 from .takeover import WarmStart, warm_start
+from .tensorboard import TensorBoardReporter
 from .train_state import TrainState
 from .types import AdapterExport, BaseIdentity, Retention, SaveMetrics, TensorRule
 
@@ -63,6 +64,7 @@ __all__ = [
     "StorageError",
     "StoreNotExclusive",
     "Superseded",
+    "TensorBoardReporter",
     "TensorRule",
     "TrainState",
     "UnrestoredRoot",

@@ -7,22 +7,43 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from .arena import Arena
-from .errors import PublishError, SaveAborted, VoteTimeout
+from .errors import ConfigError, PublishError, SaveAborted, VoteTimeout
 from .handle import SaveHandle
 from .job import Job
+from .recorder import Recorder
 from .retain import Keeper
 from .save import EchoError, SavePipeline, SkippedSave
+from .save_record import open_save, save_record, skipped_record
 from .storage.traffic import Traffic
 from .tier_group import TierGroup
 from .types import SaveMetrics
 
 logger = logging.getLogger(__name__)
+
+Reporter: TypeAlias = Callable[[SaveMetrics], object]
+Reporters: TypeAlias = Reporter | Sequence[Reporter] | None
+"""Who is told what a save cost."""
+
+
+def reporters(on_metrics: Reporters) -> tuple[Reporter, ...]:
+    """The reporters as they were given: none, one, or several.
+
+    Raises:
+        ConfigError: something that cannot be called.
+    """
+    found: Any = () if on_metrics is None else on_metrics
+    each: tuple[Any, ...] = (found,) if callable(found) else tuple(found)
+    for one in each:
+        if not callable(one):
+            msg = f"on_metrics must be callable, or a sequence of callables, got {one!r}"
+            raise ConfigError(msg)
+    return each
 
 
 class Background:
@@ -38,6 +59,8 @@ class Background:
         on_metrics: told the metrics of every save when it has ended, also of a skipped one.
         lost: called with every resumable job that did not become a step.
         tiers: the local tiers, or None.
+        recorder: tells the root's timeline, on rank 0; None where nobody is to.
+        world: number of ranks.
     """
 
     def __init__(
@@ -48,9 +71,11 @@ class Background:
         rank: int,
         nonce: str,
         traffic: Callable[[], Traffic],
-        on_metrics: Callable[[SaveMetrics], object] | None,
+        on_metrics: Sequence[Reporter],
         lost: Callable[[Job], object],
         tiers: TierGroup | None = None,
+        recorder: Recorder | None = None,
+        world: int = 1,
     ) -> None:
         self._pipeline = pipeline
         self._keeper = keeper
@@ -60,6 +85,8 @@ class Background:
         self._on_metrics = on_metrics
         self._lost = lost
         self._tiers = tiers
+        self._recorder = recorder
+        self._world = world
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ckpt-save")
         self._running: set[Future[None]] = set()
         self._errors: list[BaseException] = []
@@ -73,6 +100,8 @@ class Background:
 
     def submit(self, job: Job) -> None:
         """Hand a copied job over."""
+        if self._recorder is not None:
+            self._recorder.begun(open_save(job), job.epoch)
         self._waiting = [pair for pair in self._waiting if not pair[1].done()]
         self._waiting.append((job, self._submit(lambda: self._run(job))))
 
@@ -102,10 +131,18 @@ class Background:
         self._lost(job)
         error = SkippedSave(f"step {job.step} gave way to a newer state (when_busy='latest')")
         self.refuse(job.seq, error, echo=False)
-        self.skipped(job.handle)
+        self._skipped(job.handle)
+        self._record(job, error, [])
         return True
 
-    def skipped(self, handle: SaveHandle) -> None:
+    def leave_out(self, handle: SaveHandle, attempt: str, *, resumable: bool) -> None:
+        """Settle the handle of a save that was never begun, and report it."""
+        self._skipped(handle)
+        if self._recorder is not None:
+            record = skipped_record(handle.metrics, attempt, self._world, resumable=resumable)
+            self._recorder.ended(record)
+
+    def _skipped(self, handle: SaveHandle) -> None:
         """Settle the handle of a save that does not take place, and report it."""
         handle.skipped = handle.metrics.skipped = True
         handle.resolve()
@@ -136,6 +173,8 @@ class Background:
     def finish(self) -> None:
         """Let everything run to its end; nothing may be submitted any more."""
         self._thread.shutdown(wait=True)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def raise_pending(self) -> None:
         """Raise what failed since the last call.
@@ -180,13 +219,24 @@ class Background:
             if not isinstance(error, EchoError):
                 self._errors.append(error)  # before the handle: who saw that fail finds this
             handle.refuse(error)
+        removed: list[str] = []
         if error is None or isinstance(error, PublishError):
-            self._tidy(job)
+            removed = self._tidy(job)
         self._report(metrics)
+        self._record(job, error, removed)
 
-    def _tidy(self, job: Job) -> None:
-        """After a commit: retention, and once the remains of dead writers."""
+    def _record(self, job: Job, error: Exception | None, removed: Sequence[str]) -> None:
+        if self._recorder is not None:
+            self._recorder.ended(save_record(job, error, self._world, removed))
+
+    def _tidy(self, job: Job) -> list[str]:
+        """After a commit: retention, and once the remains of dead writers.
+
+        Returns:
+            Bare names of the steps and versions that were deleted at the root.
+        """
         sweeps = self._rank == 0
+        removed: list[str] = []
         if self._tiers is not None:
             sweeps = self._tiers.leads
             self._tiers.prune()
@@ -194,18 +244,18 @@ class Background:
         elif self._rank == 0:
             if job.resumable and job.step is not None:
                 self._keeper.committed(job.step, job.epoch, job.metrics)
-                self._keeper.prune_steps(job.epoch)
+                removed += self._keeper.prune_steps(job.epoch)
             if job.publish:
-                self._keeper.prune_versions()
+                removed += self._keeper.prune_versions()
         if sweeps and job.resumable and not self._swept:
             self._swept = True
             self._keeper.sweep(job.epoch, self._nonce)
+        return removed
 
     def _report(self, metrics: SaveMetrics) -> None:
-        if self._on_metrics is None:
-            return
-        try:
-            self._on_metrics(metrics)
-        except Exception as problem:
-            logger.exception("on_metrics failed")
-            self._errors.append(problem)
+        for report in self._on_metrics:
+            try:
+                report(metrics)
+            except Exception as problem:
+                logger.exception("on_metrics failed")
+                self._errors.append(problem)

@@ -30,6 +30,8 @@ from .holds import pin, pinned, remove_unless_held, unpin
 from .layout import parse_step_dir, step_name
 from .retain import review
 from .storage import Storage
+from .timeline import names_whole
+from .timeline_store import record_removal
 from .types import Retention
 from .version_retain import apply_fate, review_versions
 
@@ -91,6 +93,9 @@ def prune_command(
             rows += _steps(storage, rule, dry_run)
         if keep_versions is not None:
             rows += _versions(storage, keep_versions, run, dry_run)
+        if not dry_run:
+            gone = [row["path"].rpartition("/")[2] for row in rows if not row["keep"]]
+            record_removal(storage, "ckpt prune", [name for name in gone if names_whole(name)])
         if uploads:
             rows += upload_rows(storage, age(older_than), dry_run=dry_run)
         if as_json:

@@ -42,6 +42,7 @@ class Job:
         handle: what the caller holds.
         started: ``time.perf_counter()`` when the call began.
         files: what the ranks wrote, by rank; filled in on rank 0.
+        costs: what each rank says of its own part, by rank; filled in on rank 0.
         metrics: the trainer's values for the manifest.
         probe: the trainer's expected outputs for the version's manifest, or None.
     """
@@ -64,6 +65,7 @@ class Job:
     handle: SaveHandle
     started: float
     files: dict[int, FileRecord] = field(default_factory=dict)
+    costs: list[Mapping[str, Any]] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
     probe: Mapping[str, Any] | None = None
 

@@ -17,6 +17,8 @@ STEPS = "steps"
 ADAPTERS = "adapters"
 LEASES = "leases"
 PINS = "pins"
+METRICS = "metrics"
+"""What saves cost and what was deleted: hints for people, which nothing is decided by."""
 
 MANIFEST = "MANIFEST.json"
 """Written last into a step or version; its presence is the commit."""
@@ -52,6 +54,7 @@ _TMP_VERSION = re.compile(r"\.tmp-([A-Za-z0-9][A-Za-z0-9_-]*)-[a-z0-9]{4,64}")
 _CLAIM_SUFFIX = ".claim.json"
 _LEASE_SUFFIX = ".json"
 _PIN_SUFFIX = ".json"
+_SEGMENT = re.compile(r"([0-9]{13})-([a-z0-9]{4,64})\.json")
 _MARK = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]{0,120})\.(?P<outcome>[a-z]+)")
 
 
@@ -295,6 +298,23 @@ def parse_pin(file: str) -> str | None:
     name = file.removesuffix(_PIN_SUFFIX)
     known = parse_step_dir(name) is not None or parse_version_name(name) is not None
     return name if name != file and known else None
+
+
+def segment_path(began_ms: int, writer: str) -> str:
+    """``metrics/1764082800000-<id>.json``: what one process told about its saves.
+
+    Args:
+        began_ms: milliseconds since 1970 of its beginning, so that names sort by age.
+        writer: 4 to 64 lower-case letters or digits that no other process has.
+    """
+    _number("time in milliseconds", began_ms, 0, 10**13 - 1)
+    return f"{METRICS}/{began_ms:013d}-{check_attempt(writer)}.json"
+
+
+def parse_segment(name: str) -> tuple[int, str] | None:
+    """(milliseconds, writer) of an entry of ``metrics/``, or None for a foreign name."""
+    match = _SEGMENT.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def target_dir(name: str) -> str:

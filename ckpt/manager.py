@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 
 import torch.distributed as dist
 
-from .background import Background
+from .background import Background, Reporters, reporters
 from .busy import BusyRule, WhenBusy
 from .catalog import list_steps
 from .errors import CkptError, ConfigError, VoteTimeout
@@ -21,6 +21,7 @@ from .manifest import check_metrics
 from .planner import Planner
 from .preempt import DEADLINE_S, Preemption
 from .publish import check_probe
+from .recorder import Recorder
 from .rendezvous import join
 from .restoring import RESTORE_PATIENCE, Restoring
 from .retain import Keeper
@@ -29,7 +30,7 @@ from .staging import Staging
 from .storage import Storage, open_storage
 from .tier_group import join_tiers
 from .train_state import TrainState
-from .types import Retention, SaveMetrics
+from .types import Retention
 from .vote import Board
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ class CheckpointManager(Restoring):
         publish_dtype: dtype of published adapters.
         vote_timeout: seconds that rank 0 waits for a rank's answer after its own is in.
         on_metrics: called on the background thread when a save has ended, well or not or
-            skipped, with its metrics. What it raises surfaces like any background error.
+            skipped, with its metrics; one callable or several. What one raises surfaces like any
+            background error.
+        timeline: tell the root what saves cost, in small records for people (``metrics/``).
         when_busy: what ``save()`` and ``publish()`` do while both arena slots are in use:
             ``"block"`` waits for one, ``"skip"`` leaves the new save out, ``"latest"`` gives up
             the newest save that still waits its turn, with what it was to publish. Ranks agree
@@ -85,8 +88,9 @@ class CheckpointManager(Restoring):
         fresh: bool = False,
         publish_dtype: str = "bfloat16",
         vote_timeout: float = 300.0,
-        on_metrics: Callable[[SaveMetrics], object] | None = None,
+        on_metrics: Reporters = None,
         when_busy: WhenBusy = "block",
+        timeline: bool = True,
     ) -> None:
         if when_busy not in get_args(WhenBusy):
             wanted = ", ".join(map(repr, get_args(WhenBusy)))
@@ -114,9 +118,13 @@ class CheckpointManager(Restoring):
             rank=rank,
             nonce=self._ranks.nonce,
             traffic=lambda: storage.traffic,
-            on_metrics=on_metrics,
+            on_metrics=reporters(on_metrics),
             lost=lambda job: self._staging.taken.discard(job.step or 0),
             tiers=tiers,
+            recorder=Recorder(lambda: open_storage(root, storage_options), "trainer")
+            if timeline and rank == 0
+            else None,
+            world=world,
         )
         self._staging = Staging(
             self._planner,

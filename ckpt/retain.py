@@ -164,38 +164,50 @@ class Keeper:
         """Note a step of our own, which needs no reading back to be known as whole."""
         self._whole[step, epoch] = metrics
 
-    def prune_steps(self, epoch: int) -> None:
+    def prune_steps(self, epoch: int) -> list[str]:
         """Delete the steps that the rule does not keep.
 
         What fails is logged, not raised: the commit before it stands.
 
         Args:
             epoch: this writer's epoch; if a newer one began, its rule decides, not this one.
+
+        Returns:
+            Bare names of those that were deleted.
         """
         storage = self._storage
+        gone: list[str] = []
         try:
             found = self._found()
             if newest_epoch(storage) > epoch:
-                return
+                return gone
             lineage, hidden = read_lineage(storage, found)
             if len(found) <= self._keep.latest:
-                return
+                return gone
             whole = self._check(lineage)
             abandoned = set(found).difference(lineage, hidden)
             fates = judge(whole, abandoned, self._keep, scores=self._whole)
             for fate in fates:
-                if fate.keep or remove_unless_held(storage, step_name(fate.step, fate.epoch)):
+                name = step_name(fate.step, fate.epoch)
+                if fate.keep or remove_unless_held(storage, name):
                     continue
+                gone.append(name)
                 self._whole.pop((fate.step, fate.epoch), None)
                 logger.info("retention removed step %d of writer %d", fate.step, fate.epoch)
         except CkptError as error:
             logger.warning("retention of steps failed, nothing else is affected: %s", error)
+        return gone
 
-    def prune_versions(self) -> None:
-        """Delete all but the newest published versions of the run; logs instead of raising."""
+    def prune_versions(self) -> list[str]:
+        """Delete all but the newest published versions of the run; logs instead of raising.
+
+        Returns:
+            Names of those that were deleted.
+        """
         storage = self._storage
+        gone: list[str] = []
         if self._keep.versions is None:
-            return
+            return gone
         try:
             fates = review_versions(
                 storage, self._keep.versions, self._run_name, whole=self._whole_versions
@@ -203,6 +215,8 @@ class Keeper:
             for fate in fates:
                 if apply_fate(storage, fate) is None:
                     logger.info("retention removed version %s", fate.entry.name)
+                    if fate.entry.state != "claimed":
+                        gone.append(fate.entry.name)
             # What is whole stays so: the next time it needs no read.
             self._whole_versions = {
                 fate.entry.name
@@ -211,6 +225,7 @@ class Keeper:
             }
         except CkptError as error:
             logger.warning("retention of versions failed, nothing else is affected: %s", error)
+        return gone
 
     def sweep(self, epoch: int, nonce: str) -> None:
         """Remove what dead writers left unfinished; called once, after the first commit.

@@ -31,6 +31,7 @@ from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
 from .plan import Piece, difference
 from .publish import publish_version
+from .save_record import rank_cost
 from .slot_source import Files, PartedFiles, SlotSource
 from .source import StepSource
 from .storage import Storage, put_checked
@@ -159,6 +160,7 @@ class SavePipeline:
                 plan_topic(job.seq),
                 *(f"{job.topic}/{what}" for what in ("version", "tiers")),
             ]
+            job.costs = [ballot["cost"] for ballot in ballots]
             self._check_ballots(job, ballots)
             manifest = self._manifest(job, where, ballots)
             if self._tiers is not None:
@@ -212,6 +214,7 @@ class SavePipeline:
             "file": None if record is None else asdict(record),
             "shared": {key: hashlib.sha256(data).hexdigest() for key, data in job.shared.items()},
             "mine": job.mine.decode("ascii"),
+            "cost": rank_cost(job.handle.metrics),
         }
 
     def _check_ballots(self, job: Job, ballots: Sequence[Mapping[str, Any]]) -> None:
@@ -307,10 +310,7 @@ class SavePipeline:
     def _finish(self, job: Job, manifest: StepManifest | None) -> None:
         """Settle the commit, then publish; a failed publish leaves the step as it is."""
         handle = job.handle
-        if job.resumable:
-            handle.committed.set_result(job.step)
-        else:
-            handle.committed.set_result(None)
+        handle.committed.set_result(job.step if job.resumable else None)
         if not job.publish:
             handle.published.set_result(None)
             return

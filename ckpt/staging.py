@@ -76,7 +76,9 @@ class Staging:
                 if left_out is not None:
                     return left_out
                 patience = self._patience
+            agreed_ms = 1e3 * (time.perf_counter() - started)
             job = self._stage(seq, step, state, resumable, publish, started, patience)
+            job.handle.metrics.wait_ms += agreed_ms
             job.metrics, job.probe = values or {}, probe
         except Exception as error:
             self._work.refuse(seq, error, echo=False)
@@ -94,7 +96,7 @@ class Staging:
             left_out.refuse(error)  # its cause is raised by this rank's next call
             return left_out
         if choice == "skip":
-            self._work.skipped(left_out)
+            self._work.leave_out(left_out, self._attempt(seq), resumable=resumable)
             return left_out
         if choice == "drop" and arena is not None:
             self._work.drop_last(arena)
@@ -114,9 +116,13 @@ class Staging:
             msg = f"step {step} was saved already by this writer; committed steps are immutable"
             raise StepExists(msg)
         export, live, tensors = subject(state, resumable=resumable, publish=publish)
+        planning = time.perf_counter()
         cached, planned, epoch = self._planner.layout(seq, step, tensors, resumable=resumable)
+        plan_ms = 1e3 * (time.perf_counter() - planning)
         shared, mine = encode_values(state, live, resumable=resumable)
+        waiting = time.perf_counter()
         slot = cached.arena.acquire(patience)
+        copying = time.perf_counter()
         try:
             if slot is not None:
                 with torch.no_grad():
@@ -126,8 +132,14 @@ class Staging:
         except BaseException:
             cached.arena.release(slot)
             raise
-        nbytes = 0 if slot is None else slot.nbytes
-        metrics = SaveMetrics(step=step, stage_bytes=nbytes, planned=planned)
+        metrics = SaveMetrics(
+            step=step,
+            wait_ms=1e3 * (copying - waiting),
+            plan_ms=plan_ms,
+            copy_ms=1e3 * (time.perf_counter() - copying),
+            stage_bytes=0 if slot is None else slot.nbytes,
+            planned=planned,
+        )
         metrics.queue_depth = self._work.depth
         handle = SaveHandle(step, metrics)
         if cached.stream is None:
@@ -141,7 +153,7 @@ class Staging:
             resumable=resumable,
             publish=publish,
             planned=planned,
-            attempt=f"{self._nonce}{seq:08d}",
+            attempt=self._attempt(seq),
             epoch=epoch,
             layout=cached.layout,
             arena=cached.arena,
@@ -154,3 +166,6 @@ class Staging:
             handle=handle,
             started=started,
         )
+
+    def _attempt(self, seq: int) -> str:
+        return f"{self._nonce}{seq:08d}"

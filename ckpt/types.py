@@ -162,7 +162,10 @@ class SaveMetrics:
 
     Attributes:
         step: the step number, or None for a publish without one.
-        stall_ms: time that ``save()`` took from the caller.
+        stall_ms: time that ``save()`` took from the caller; the next three are parts of it.
+        wait_ms: waiting for a free slot, or for the ranks' word on ``when_busy``.
+        plan_ms: finding or making the layout.
+        copy_ms: copying the tensors, or handing the copy to the device.
         stage_bytes: bytes that were copied.
         write_ms: time to write this rank's file, checksums included.
         commit_ms: from then until the step existed: the other ranks' files, the vote, the
@@ -181,6 +184,9 @@ class SaveMetrics:
 
     step: int | None = None
     stall_ms: float = 0.0
+    wait_ms: float = 0.0
+    plan_ms: float = 0.0
+    copy_ms: float = 0.0
     stage_bytes: int = 0
     write_ms: float | None = None
     commit_ms: float | None = None

@@ -21,6 +21,7 @@ from typing import Any, Final
 from .commit import newest_epoch
 from .errors import CkptError, ConfigError, DamagedError, Superseded
 from .mirror import Mirror
+from .recorder import Recorder
 from .retain import Keeper
 from .session import OPTIONS_VARIABLE, Beat, Session, write_beat
 from .storage import Storage, open_storage
@@ -49,6 +50,7 @@ class Uploader:
         remote: the root.
         session: which trainer's settings these are.
         patience: seconds without progress after which it gives up once no trainer is left.
+        recorder: tells the root's timeline what retention deleted there; None: nobody.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Uploader:
         session: Session,
         *,
         patience: float = PATIENCE_SECONDS,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._tier = tier
         self._remote = remote
         self._session = session
@@ -149,17 +153,21 @@ class Uploader:
         if outcome is not Outcome.mirrored:
             return
         if item.pair is None:
-            self._keeper.prune_versions()
+            self._tell(self._keeper.prune_versions())
             return
         if self._elsewhere(item):
             return  # the rule is applied once, by the uploader that made the step exist
         step, epoch = item.pair
         self._keeper.committed(step, epoch, self._mirror.metrics.pop((step, epoch), {}))
-        self._keeper.prune_steps(epoch)
+        self._tell(self._keeper.prune_steps(epoch))
         if not self._swept and not self._tier.queue() and newest_epoch(self._remote) == epoch:
             self._swept = True
             # Attempts begin with their manager's id: this trainer's are under way perhaps.
             self._keeper.sweep(epoch, self._session.nonce)
+
+    def _tell(self, removed: list[str]) -> None:
+        if self._recorder is not None:
+            self._recorder.removed(removed)
 
     def _elsewhere(self, item: Item) -> bool:
         """Whether the uploader of another node makes the step exist at the root."""
@@ -268,9 +276,11 @@ def main(arguments: list[str]) -> int:
         lock = tier.hold_uploader()
         if lock is None:
             return 0
+        recorder = Recorder(lambda: open_storage(session.remote, options), "uploader")
         try:
-            return 0 if Uploader(tier, remote, session).run() else 1
+            return 0 if Uploader(tier, remote, session, recorder=recorder).run() else 1
         finally:
+            recorder.close()
             remote.close()
             lock.release()
     except CkptError as error:

@@ -10,6 +10,8 @@ from support import ranks_ckpt
 from support.spawn import run_ranks
 
 from ckpt.manifest import StepManifest
+from ckpt.storage import open_storage
+from ckpt.timeline_store import read_timeline
 
 pytestmark = pytest.mark.dist
 
@@ -59,6 +61,12 @@ def test_shards_hold_every_element_once(tmp_path):
     assert len(sizes["model.steps"].chunks) == 1  # a plain tensor, equal on all ranks
     assert manifest.world_size == 4
     assert manifest.mesh == {"meshes": [{"shape": [4], "dim_names": None}]}
+    (segment,) = read_timeline(open_storage(tmp_path))
+    (told,) = segment.saves
+    assert (told.world, told.outcome) == (4, "done")
+    assert set(told.slowest) == {"stall_ms", "wait_ms", "plan_ms", "copy_ms", "write_ms"}
+    shards = [file.size for file in manifest.files if file.name.startswith("shard")]
+    assert told.numbers["stage_bytes"] == sum(shards)
 
 
 def test_replicas_are_written_once(tmp_path):

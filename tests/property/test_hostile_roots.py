@@ -34,6 +34,7 @@ from ckpt.layout import MANIFEST, STATE
 from ckpt.manifest import SCHEMA
 from ckpt.retain import Retention, review
 from ckpt.storage import open_storage
+from ckpt.timeline_store import read_timeline
 from ckpt.version_retain import review_versions
 from ckpt.versions import check_version, list_versions
 
@@ -78,6 +79,7 @@ def read_everything(root: str) -> int | None:
         lambda: list(check_writers(storage)),
         lambda: review(storage, Retention(latest=1)),
         lambda: review_versions(storage, 1),
+        lambda: read_timeline(storage),
         lambda: Registry(storage).latest(),
         lambda: Registry(storage).fetch(1, f"{root}-fetched"),
         lambda: consolidate(root, 1, f"{root}-adapter"),
@@ -182,6 +184,7 @@ def test_a_forged_manifest(grown: Path, data: st.DataObject, value: Any) -> None
                 ("ckpt.step", "steps/step-*1.w0001/MANIFEST.json"),
                 ("ckpt.version", "adapters/*/MANIFEST.json"),
                 ("ckpt.writer", "writers/0001.json"),
+                ("ckpt.timeline", "metrics/*.json"),
             ]
         )
     )
