@@ -7,19 +7,27 @@ The protocol of modules with adapters is :mod:`archon_lora.protocol`, switching 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import LoRAConfig
-from .errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
+from .errors import AdapterMismatch, LoRANotEnabled, NoAdapterError, TargetError
 from .frozen import FrozenMap
 from .mode import adapter_mode, adapters_disabled, disable_adapter, enable_adapter, set_active
 from .names import DEFAULT_ADAPTER, REFERENCE_ADAPTER, canonical_fqn, canonical_parameters
 from .placement import reshard
-from .protocol import AdapterModule, NamedAdapters, SwitchableAdapter, adapter_modules
+from .protocol import (
+    AdapterModule,
+    NamedAdapters,
+    SwitchableAdapter,
+    adapter_modules,
+    names_in,
+    params_in,
+)
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -51,65 +59,115 @@ class AppliedLoRA:
         matched: HF module name of every adapted module, by its canonical FQN.
         module_names: HF names of all modules of the model at that time; an export needs them to
             choose target names that select exactly the adapted ones.
+        hf_names: HF name by canonical FQN of every module of the model at that time, the root
+            left out.
+        others: the records of further adapters by name, filled by ``add_adapter()``; empty in
+            those records themselves.
     """
 
     config: LoRAConfig
     matched: FrozenMap[str]
     module_names: tuple[str, ...]
+    hf_names: FrozenMap[str]
+    others: dict[str, AppliedLoRA] = field(default_factory=dict, compare=False)
 
 
-def applied_lora(model: nn.Module) -> AppliedLoRA:
-    """The record that ``apply_lora()`` left, found through any wrappers.
+def applied_lora(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> AppliedLoRA:
+    """The record that ``apply_lora()`` or ``add_adapter()`` left, found through any wrappers.
+
+    Args:
+        model: any tree.
+        adapter: whose record.
 
     Raises:
-        LoRANotEnabled: there is none.
+        LoRANotEnabled: there is none at all.
+        NoAdapterError: there is none of that name.
     """
     for module in model.modules():
         record = module.__dict__.get("lora")
         if isinstance(record, AppliedLoRA):
-            return record
+            if adapter == DEFAULT_ADAPTER:
+                return record
+            if adapter in record.others:
+                return record.others[adapter]
+            has = ", ".join(map(repr, (DEFAULT_ADAPTER, *record.others)))
+            msg = f"the model has no adapter {adapter!r}; it has {has}"
+            raise NoAdapterError(msg)
     msg = "this model has no LoRA: call apply_lora(model, LoRAConfig(...)) on it before sharding"
     raise LoRANotEnabled(msg)
 
 
-def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All adapter parameters of a model; those of FSDP2 as shards, whatever ran before.
+def require_whole(model: nn.Module, what: str) -> None:
+    """Refuse a model whose parameters are shards already, or registered with DDP.
+
+    Raises:
+        TargetError: says what must come first.
+    """
+    if isinstance(model, DistributedDataParallel):
+        msg = f"{what} must run before DistributedDataParallel, which has registered gradients"
+        raise TargetError(msg)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            msg = f"{what} must run before sharding, but parameter {name!r} is a DTensor"
+            raise TargetError(msg)
+
+
+def get_adapter_params(
+    model: nn.Module, *, adapter: str | None = None, frozen: bool = False
+) -> dict[str, nn.Parameter]:
+    """Adapter parameters of a model; those of FSDP2 as shards, whatever ran before.
 
     Args:
         model: any tree: plain, sharded, wrapped by activation checkpointing, compile or DDP.
+        adapter: only those of the adapter of this name; by default those of every adapter that
+            trains (all but the ones added with ``trainable=False``).
+        frozen: those of the frozen adapters, too.
 
     Returns:
         Parameters by canonical FQN, in the order of the modules; empty without adapters.
 
     Raises:
+        NoAdapterError: no module has an adapter of that name.
         AdapterMismatch: a module names a parameter that it does not have, or holds one that
             requires a gradient and that no adapter module names (it would train unsaved).
     """
     reshard(model)
     found: dict[str, nn.Parameter] = {}
     trainable: dict[str, str] = {}
+    claimed: set[str] = set()
     for name, module in adapter_modules(model):
         prefix = f"{name}." if name else ""
+        kind = f"{type(module).__name__} {name!r}"
         # A Protocol with runtime checks says nothing about being a module; the walk does.
         own = {canonical_fqn(n): p for n, p in module.named_parameters()}  # type: ignore[attr-defined]
-        for local in module.adapter_params():
+        training = module.adapter_params()
+        claimed.update(prefix + local for local in training)
+        if adapter is not None:
+            wanted = params_in(module, adapter)
+        else:
+            wanted = training
+            if frozen:
+                every = (local for n in names_in(module) for local in params_in(module, n))
+                wanted = list(dict.fromkeys([*training, *every]))
+        for local in [*training, *wanted]:
             if local not in own:
                 msg = (
-                    f"{type(module).__name__} {name!r} names the adapter parameter {local!r}, "
+                    f"{kind} names the adapter parameter {local!r}, "
                     f"which it does not have; it has {', '.join(own) or 'none'}"
                 )
                 raise AdapterMismatch(msg)
-            found[prefix + local] = own[local]
-        for local, parameter in own.items():
-            if parameter.requires_grad:
-                trainable[prefix + local] = f"{type(module).__name__} {name!r}"
-    unclaimed = [name for name in trainable if name not in found]
+        found.update((prefix + local, own[local]) for local in wanted)
+        trainable |= {prefix + n: kind for n, p in own.items() if p.requires_grad}
+    unclaimed = [name for name in trainable if name not in claimed]
     if unclaimed:
         msg = (
             f"parameter {unclaimed[0]!r} requires a gradient, but {trainable[unclaimed[0]]} does "
             "not name it in adapter_params(): it would train and never be saved"
         )
         raise AdapterMismatch(msg)
+    if adapter is not None and not found:
+        msg = f"no module of the model has an adapter {adapter!r}"
+        raise NoAdapterError(msg)
     return found
 
 
@@ -138,11 +196,14 @@ def set_trainable_params(model: nn.Module, names: Iterable[str]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def get_adapter_state_dict(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
-    """The values of all adapter parameters.
+def get_adapter_state_dict(
+    model: nn.Module, *, full: bool = False, adapter: str | None = None
+) -> dict[str, Tensor]:
+    """The values of adapter parameters.
 
     Args:
         model: any tree with adapters.
+        adapter: only those of the adapter of this name; by default as :func:`get_adapter_params`.
         full: gather shards and copy to the CPU. Collective over the mesh of each parameter: every
             rank must call, and every rank gets all values.
 
@@ -154,7 +215,7 @@ def get_adapter_state_dict(model: nn.Module, *, full: bool = False) -> dict[str,
         NoAdapterError: the model has no adapters.
         AdapterMismatch: as :func:`get_adapter_params`.
     """
-    parameters = get_adapter_params(model)
+    parameters = get_adapter_params(model, adapter=adapter)
     if not parameters:
         msg = "the model has no adapter parameters: apply_lora() was not called on it"
         raise NoAdapterError(msg)

@@ -40,6 +40,8 @@ class LoRAPair(nn.Module):
     adapter's.
 
     Attributes:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
         lora_a: A, weight of shape ``(rank, in_features)``.
         lora_b: B, weight of shape ``(out_features, rank)``.
         dropout: applied to the adapter's input.
@@ -70,6 +72,8 @@ class LoRAPair(nn.Module):
         trainable: bool,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
         self.rank = rank
         self.alpha = alpha
         self.scaling = scaling
@@ -82,8 +86,18 @@ class LoRAPair(nn.Module):
         self.lora_b = LoRAFactor(rank, out_features, device=device, dtype=adapter_dtype)
         for factor in (self.lora_a, self.lora_b):
             factor.weight.requires_grad_(trainable)
-            # Read by name, not by type: checkpoints know nothing of this package.
-            factor.saved_though_frozen = not trainable  # type: ignore[assignment]  # any value
+
+    def reset(self) -> None:
+        """Write the initial values: A drawn from (seed, name), B zero.
+
+        Raises:
+            NoAdapterError: the parameters are on the meta device.
+        """
+        reset_factors(
+            (("lora_a.weight", self.lora_a.weight, self.init), ("lora_b.weight", self.lora_b.weight, "zeros")),
+            fqn=self.fqn,
+            seed=self.seed,
+        )
 
     def extra_repr(self) -> str:
         """The settings that a reader of ``print(model)`` looks for."""

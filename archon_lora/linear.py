@@ -184,6 +184,22 @@ class LoRALinear(nn.Linear):
             layer.reset_adapter()
         return layer.train(linear.training)
 
+    @classmethod
+    def without_default(cls, linear: nn.Linear, *, fqn: str = "") -> LoRALinear:
+        """A layer that has no default adapter: it is for others, and computes its base till then.
+
+        Args:
+            linear: the base, as for :meth:`from_linear`.
+            fqn: as in the constructor.
+
+        Raises:
+            TargetError: the layer computes something else than ``x W^T + b``.
+        """
+        layer = cls.from_linear(linear, rank=1, alpha=1.0, fqn=fqn)
+        del layer.lora_a, layer.lora_b
+        layer._settle()
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         base_XO = F.linear(x, self.weight, self.bias)
@@ -202,10 +218,17 @@ class LoRALinear(nn.Linear):
 
     def adapter_params(self) -> list[str]:
         """Names, relative to this module, of the parameters of all adapters that train."""
+        return self._params(trainable=True)
+
+    def frozen_adapter_params(self) -> list[str]:
+        """The same of those that do not; a run cannot go on without them, so they are saved too."""
+        return self._params(trainable=False)
+
+    def _params(self, *, trainable: bool) -> list[str]:
         return [
             local
             for name in self.adapter_names()
-            if name == DEFAULT_ADAPTER or self.adapters[name].trainable
+            if (name == DEFAULT_ADAPTER or self.adapters[name].trainable) == trainable
             for local in self.params_of(name)
         ]
 
@@ -259,13 +282,16 @@ class LoRALinear(nn.Linear):
         """
         for name in self.adapter_names():
             adapter = self.adapter_of(name)
+            if isinstance(adapter, LoRAPair):
+                adapter.reset()
+                continue
             reset_factors(
                 (
-                    ("lora_a.weight", adapter.lora_a.weight, adapter.init),
-                    ("lora_b.weight", adapter.lora_b.weight, "zeros"),
+                    ("lora_a.weight", self.lora_a.weight, self.init),
+                    ("lora_b.weight", self.lora_b.weight, "zeros"),
                 ),
-                fqn=adapter.fqn,
-                seed=adapter.seed,
+                fqn=self.fqn,
+                seed=self.seed,
             )
 
     def reset_parameters(self) -> None:
