@@ -18,10 +18,11 @@ from .adapter import (
     get_adapter_params,
     set_trainable_params,
 )
+from .bases import check_base
 from .config import LoRAConfig
 from .errors import LoRAConfigError, NoAdapterError, TargetError
 from .frozen import FrozenMap
-from .linear import LoRALinear, check_base
+from .linear import LoRALinear
 from .names import canonical_modules
 from .peft import peft_export
 from .placement import reshard
@@ -94,6 +95,7 @@ def apply_lora(
         config=config,
         matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
         module_names=tuple(dict.fromkeys([*hf_names.values(), *refused])),
+        hf_names=FrozenMap(hf_names),
     )
     model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
     # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.

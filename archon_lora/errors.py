@@ -10,6 +10,7 @@
     ├── AdapterModeError     (RuntimeError)      switching between adapters out of order
     ├── AdapterMismatch      (ValueError)        keys missing, unexpected, or of the wrong shape
     ├── AdapterNotFound      (FileNotFoundError) no adapter file at the path
+    ├── MergeError           (RuntimeError)      a base into which nothing can be merged
     ├── UnmappedName         (KeyError)          a tensor that no name map covers
     ├── ModelLoadError       (ValueError)        a model directory that cannot be loaded
     ├── PeerFailed           (RuntimeError)      another rank failed, so this one stops too
@@ -48,6 +49,10 @@ class AdapterModeError(ArchonLoraError, RuntimeError):
 
 class AdapterMismatch(ArchonLoraError, ValueError):
     """The adapter's keys or shapes are not those of the model."""
+
+
+class MergeError(ArchonLoraError, RuntimeError):
+    """The base has no ordinary weight that an update could be added to."""
 
 
 class AdapterNotFound(ArchonLoraError, FileNotFoundError):

@@ -94,7 +94,10 @@ class LoRAPair(nn.Module):
             NoAdapterError: the parameters are on the meta device.
         """
         reset_factors(
-            (("lora_a.weight", self.lora_a.weight, self.init), ("lora_b.weight", self.lora_b.weight, "zeros")),
+            (
+                ("lora_a.weight", self.lora_a.weight, self.init),
+                ("lora_b.weight", self.lora_b.weight, "zeros"),
+            ),
             fqn=self.fqn,
             seed=self.seed,
         )

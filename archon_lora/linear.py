@@ -5,28 +5,18 @@ Shape suffixes: ``_XI`` input features last, ``_XO`` output features last.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bases import check_base, dense_weight, take_over
 from .config import LoRAConfig
-from .errors import NoAdapterError, TargetError
+from .errors import NoAdapterError
 from .factors import LoRAFactor, LoRAPair, LoRAPairs, reset_factors
 from .merge import merge_factors
 from .names import DEFAULT_ADAPTER
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 class LoRALinear(nn.Linear):
@@ -57,6 +47,8 @@ class LoRALinear(nn.Linear):
     lora_a: nn.Linear
     lora_b: nn.Linear
     adapters: LoRAPairs
+    opaque_base: ClassVar[bool] = False
+    """Whether the base computes by a forward of its own class."""
 
     def __init__(
         self,
@@ -143,7 +135,8 @@ class LoRALinear(nn.Linear):
         The layer's parameters are frozen, since they are the same objects.
 
         Args:
-            linear: the base; its forward must be that of ``nn.Linear``.
+            linear: the base. One of a subclass with its own forward (a quantised layer) keeps it,
+                and its class stays among those of the new layer.
             rank: as in the constructor, like all that follow.
             alpha: as in the constructor.
             dropout: as in the constructor.
@@ -158,7 +151,7 @@ class LoRALinear(nn.Linear):
 
         Raises:
             LoRAConfigError: a setting of the adapter that cannot work.
-            TargetError: the layer computes something else than ``x W^T + b``.
+            TargetError: the layer cannot be a base; see :func:`archon_lora.bases.check_base`.
         """
         check_base(linear, fqn)
         layer = cls(
@@ -175,9 +168,7 @@ class LoRALinear(nn.Linear):
             fqn=fqn,
             seed=seed,
         )
-        for name, parameter in linear.named_parameters(recurse=False):
-            parameter.requires_grad_(False)
-            layer.register_parameter(name, parameter)
+        take_over(layer, linear, fqn)
         if linear.weight.device.type != "meta":
             layer.lora_a.to_empty(device=linear.weight.device)
             layer.lora_b.to_empty(device=linear.weight.device)
@@ -193,7 +184,7 @@ class LoRALinear(nn.Linear):
             fqn: as in the constructor.
 
         Raises:
-            TargetError: the layer computes something else than ``x W^T + b``.
+            TargetError: the layer cannot be a base.
         """
         layer = cls.from_linear(linear, rank=1, alpha=1.0, fqn=fqn)
         del layer.lora_a, layer.lora_b
@@ -202,7 +193,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        base_XO = F.linear(x, self.weight, self.bias)
+        return self._updated(F.linear(x, self.weight, self.bias), x)
+
+    def _updated(self, base_XO: Tensor, x: Tensor) -> Tensor:
+        """The base's output with the active adapter's update."""
         if self._alone:
             return base_XO
         adapter = self if self._active == DEFAULT_ADAPTER else self.adapters[self._active]
@@ -313,11 +307,12 @@ class LoRALinear(nn.Linear):
 
         Raises:
             NoAdapterError: there is no such adapter here.
+            MergeError: the base has no weight that could be added to.
         """
         chosen = self.adapter_of(adapter)
-        return merge_factors(
-            self.weight, chosen.lora_a.weight, chosen.lora_b.weight, chosen.scaling
-        )
+        shape = (self.out_features, self.in_features)
+        weight = dense_weight(self.weight, shape, opaque=self.opaque_base, name=self.fqn)
+        return merge_factors(weight, chosen.lora_a.weight, chosen.lora_b.weight, chosen.scaling)
 
     @property
     def disabled(self) -> bool:
@@ -357,37 +352,3 @@ class LoRALinear(nn.Linear):
             f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, "
             f"scaling={self.scaling:g}, dropout={self.dropout.p:g}{state}"
         )
-
-
-def check_base(module: nn.Module, name: str) -> nn.Linear:
-    """Make sure that a module can be the base of a LoRALinear.
-
-    Args:
-        module: the candidate.
-        name: how to call it in errors.
-
-    Returns:
-        The module.
-
-    Raises:
-        TargetError: not a linear layer, one with a computation of its own, or one with hooks
-            (which the new layer would lose).
-    """
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    where = f"module {name!r}" if name else "the module"
-    if not isinstance(module, nn.Linear):
-        extra = " (embeddings take no adapter)" if isinstance(module, nn.Embedding) else ""
-        msg = f"{where} is a {kind}{extra}; only nn.Linear can take an adapter"
-        raise TargetError(msg)
-    plain: dict[str, Any] = module.__dict__.get("_parameters", {})
-    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
-        msg = f"{where} is a {kind} with a forward of its own; only nn.Linear's can be adapted"
-        raise TargetError(msg)
-    if plain.get("weight") is None:
-        msg = f"{where} has no plain parameter 'weight' (parametrised, or not materialised yet)"
-        raise TargetError(msg)
-    hooked = [attribute for attribute in _HOOKS if getattr(module, attribute, None)]
-    if hooked:
-        msg = f"{where} has hooks that would be lost ({', '.join(hooked)}); add them afterwards"
-        raise TargetError(msg)
-    return module

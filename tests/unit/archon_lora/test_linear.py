@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from archon_lora import LoRAConfigError, LoRALinear, NoAdapterError, TargetError
-from archon_lora.linear import check_base
+from archon_lora import LoRAConfigError, LoRALinear, MergeError, NoAdapterError, TargetError
+from archon_lora.bases import check_base
 from benchmarks.activations import kept_bytes
 
 
@@ -227,16 +227,41 @@ class Renamed(nn.Linear):
     """A subclass that computes what nn.Linear computes."""
 
 
-def test_bases_that_compute_something_else_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"'x' is a .*Doubling with a forward of its own"):
-        LoRALinear.from_linear(Doubling(2, 2), rank=1, alpha=1, fqn="x")
+class Named(nn.Linear):
+    """A subclass with an attribute that an adapted layer has in another meaning."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.scaling = 3
+
+
+def test_a_base_with_a_forward_of_its_own_keeps_it_and_its_class() -> None:
+    base = Doubling(3, 2)
+    base.note = "kept"  # type: ignore[assignment]
+    x = torch.randn(4, 3)
+    before = base(x)
+    layer = trained(LoRALinear.from_linear(base, rank=2, alpha=4, fqn="x"))
+    update = 2 * x @ layer.lora_a.weight.T @ layer.lora_b.weight.T
+    torch.testing.assert_close(layer(x), before + update)
+    layer.disable()
+    assert torch.equal(layer(x), before)
+    assert isinstance(layer, Doubling)
+    assert layer.note == "kept"
+    with pytest.raises(MergeError, match="the base of x is quantised, or computed"):
+        layer.merged_weight()
+    torch.testing.assert_close(copy.deepcopy(layer)(x), before)
+
+
+def test_bases_that_cannot_be_adapted_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"Named with attributes .*: scaling"):
+        LoRALinear.from_linear(Named(), rank=1, alpha=1, fqn="x")
     with pytest.raises(TargetError, match=r"Embedding \(embeddings take no adapter\)"):
         check_base(nn.Embedding(2, 2), "emb")
     with pytest.raises(TargetError, match=r"LayerNorm; only nn\.Linear can take an adapter"):
         check_base(nn.LayerNorm(2), "norm")
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x  # type: ignore[method-assign]
-    with pytest.raises(TargetError, match="with a forward of its own"):
+    with pytest.raises(TargetError, match="forward was replaced on the object itself"):
         check_base(patched, "patched")
     with pytest.raises(TargetError, match="no plain parameter 'weight'"):
         check_base(nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)), "orth")
@@ -245,7 +270,7 @@ def test_bases_that_compute_something_else_are_refused() -> None:
     with pytest.raises(TargetError, match=r"hooks that would be lost \(_forward_hooks\)"):
         check_base(hooked, "hooked")
     again = LoRALinear(2, 2, rank=1, alpha=1)
-    with pytest.raises(TargetError, match="with a forward of its own"):
+    with pytest.raises(TargetError, match="holds an adapter already"):
         check_base(again, "again")
     assert isinstance(LoRALinear.from_linear(Renamed(2, 2), rank=1, alpha=1), LoRALinear)
 
