@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 engines faults bench bench-full bench-readme bench-peers \
+.PHONY: help setup demo test test-fast test-s3 test-quant engines faults bench bench-full bench-readme bench-peers \
   lint fmt constraints clean
 
 help: ## show this list
@@ -71,6 +71,12 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  tests/faults tests/property $(PYTEST_ARGS)
+
+# Without these packages, which are in no other target, `make test` skips the tests that need them.
+test-quant: $(STAMP) ## adapters over bases that torchao and bitsandbytes quantised
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[quant]'
+	$(BIN)/python -m pytest tests/unit/archon_lora/test_quantised.py $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 10 minutes)
 	$(BIN)/python -m benchmarks
