@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .handoff.cache import VersionCache
 from .handoff.engine import Engine
 from .handoff.registry import Registry
+from .handoff.replica_poster import ReplicaPoster
 from .handoff.sizes import parse_size
 from .handoff.sync import Sidecar, SyncConfig, default_holder
 from .handoff.sync_http import Listen, SyncServer, read_token
@@ -107,7 +108,8 @@ def sync_command(
         )
         sidecar = Sidecar(registry, engines, held, config)
         server = SyncServer(where, sidecar.status)
-        _work(sidecar, server, engines, registry, held)
+        poster = ReplicaPoster(registry.storage, sidecar.status, run=run, holder=config.holder)
+        _work(sidecar, server, poster, engines, registry, held)
 
 
 def _open_engines(
@@ -131,6 +133,7 @@ def _open_engines(
 def _work(
     sidecar: Sidecar,
     server: SyncServer,
+    poster: ReplicaPoster,
     engines: Sequence[Engine],
     registry: Registry,
     cache: VersionCache,
@@ -147,7 +150,9 @@ def _work(
     server.start()
     host, port = server.address
     log.info("answering on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    poster.start()
     ended = sidecar.run(stop)
+    poster.stop()
     server.close()
     for engine in engines:
         engine.close()

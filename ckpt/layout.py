@@ -17,6 +17,8 @@ STEPS = "steps"
 ADAPTERS = "adapters"
 LEASES = "leases"
 PINS = "pins"
+REPLICAS = "replicas"
+"""What sidecars say of the engines they look after: hints for people, too."""
 METRICS = "metrics"
 """What saves cost and what was deleted: hints for people, which nothing is decided by."""
 
@@ -298,6 +300,17 @@ def parse_pin(file: str) -> str | None:
     name = file.removesuffix(_PIN_SUFFIX)
     known = parse_step_dir(name) is not None or parse_version_name(name) is not None
     return name if name != file and known else None
+
+
+def replica_path(holder: str) -> str:
+    """``replicas/<holder>.json``: what a sidecar says of its engines."""
+    return f"{REPLICAS}/{check_name('holder', holder)}{_LEASE_SUFFIX}"
+
+
+def parse_replica(file: str) -> str | None:
+    """The holder of an entry of ``replicas/``, or None for a foreign name."""
+    holder = file.removesuffix(_LEASE_SUFFIX)
+    return holder if holder != file and _NAME.fullmatch(holder) else None
 
 
 def segment_path(began_ms: int, writer: str) -> str:

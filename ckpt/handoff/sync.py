@@ -316,6 +316,8 @@ class Sidecar:
                 self.status.timed("load", item.load_ms / 1e3)
             if item.proof_ms is not None:
                 self.status.timed("proof", item.proof_ms / 1e3)
+            if item.evidence is not None:
+                self.status.replica(item.url, proof=item.evidence.by, proved=time.time())
 
     def _tidy(self) -> None:
         """Unload what nobody uses, now and then, some time after the last switch."""

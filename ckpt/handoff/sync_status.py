@@ -32,11 +32,15 @@ class ReplicaState:
         up: whether it answered.
         live: the version that is proven there, or None.
         problem: what is wrong, or None.
+        proof: on what the last proof rests (see :class:`~ckpt.handoff.proof.Evidence`), or None.
+        proved: when that was, in seconds since 1970.
     """
 
     up: bool = False
     live: str | None = None
     problem: str | None = NOT_ASKED
+    proof: str | None = None
+    proved: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,12 @@ class SyncStatus:
         """All replicas by URL, as they are known now."""
         with self._mutex:
             return dict(self._replicas)
+
+    def summary(self) -> tuple[str | None, int | None, dict[str, str]]:
+        """The version that is live, the newest number at the root, and what was passed over."""
+        with self._mutex:
+            current = None if self._current is None else self._current[0]
+            return current, self._newest, dict(self._passed_over)
 
     def went_live(self, version: Version) -> None:
         """A version is live on the replicas, from now on."""

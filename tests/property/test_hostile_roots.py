@@ -27,10 +27,11 @@ from ckpt.catalog import check_step, check_writers, list_steps
 from ckpt.checksum import file_record
 from ckpt.claim import CLAIM_FORMAT, CLAIM_SCHEMA
 from ckpt.consolidate import consolidate
-from ckpt.envelope import seal, unseal
+from ckpt.envelope import seal, unseal, utc_now
 from ckpt.errors import ConfigError
 from ckpt.handoff import Registry
-from ckpt.layout import MANIFEST, STATE
+from ckpt.handoff.replica_record import EngineRecord, ReplicaRecord, read_replicas
+from ckpt.layout import MANIFEST, STATE, replica_path
 from ckpt.manifest import SCHEMA
 from ckpt.retain import Retention, review
 from ckpt.storage import open_storage
@@ -60,6 +61,19 @@ def grown() -> Iterator[Path]:
             for step in (0, 1):
                 toy.step()
                 manager.save(step, toy.state, publish=step == 1)
+        record = ReplicaRecord(
+            holder="me",
+            run="run",
+            host="h",
+            at=utc_now(),
+            every_s=60.0,
+            stopped=False,
+            current="run-v00000001",
+            newest=1,
+            engines=(EngineRecord("http://a", True, None, None, None, "none"),),
+        )
+        Path(folder, "replicas").mkdir()
+        Path(folder, replica_path("me")).write_bytes(record.to_bytes())
         # The first reading also imports modules and fills caches, which is no attack's doing.
         with tempfile.TemporaryDirectory(prefix="warm-") as warm:
             assert read_everything(str(shutil.copytree(folder, Path(warm, "root")))) == 1
@@ -80,6 +94,7 @@ def read_everything(root: str) -> int | None:
         lambda: review(storage, Retention(latest=1)),
         lambda: review_versions(storage, 1),
         lambda: read_timeline(storage),
+        lambda: read_replicas(storage),
         lambda: Registry(storage).latest(),
         lambda: Registry(storage).fetch(1, f"{root}-fetched"),
         lambda: consolidate(root, 1, f"{root}-adapter"),
@@ -185,6 +200,7 @@ def test_a_forged_manifest(grown: Path, data: st.DataObject, value: Any) -> None
                 ("ckpt.version", "adapters/*/MANIFEST.json"),
                 ("ckpt.writer", "writers/0001.json"),
                 ("ckpt.timeline", "metrics/*.json"),
+                ("ckpt.replicas", "replicas/*.json"),
             ]
         )
     )
