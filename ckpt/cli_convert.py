@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,28 +19,41 @@ from .cli_console import (
     write_json,
 )
 from .dcp.exporting import export_checkpoint
-from .dcp.importing import import_checkpoint
+from .dcp.importing import Imported, import_checkpoint
 from .dcp.mapping import Choices
 from .dcp.stock import METADATA
 from .errors import ConfigError, NoCheckpoint
 from .layout import step_dir, version_dir
-from .peft import CONFIG_NAME
-from .peft_import import import_adapter
+from .manifest import VersionManifest
+from .migrate.prime_rl import find_prime_rl, import_prime_rl
+from .migrate.torchtune import find_torchtune, read_torchtune
+from .migrate.verl import find_verl, import_verl
+from .peft import CONFIG_NAME, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, local_directory
+from .peft_import import import_adapter, publish_tensors
 
 _DEFAULT_MODEL = "model"
 _DEFAULT_RUN = "run"
+_SHOWN = 8
 
-_DCP_ONLY = "--step, --model, --optim, --optimizer and --skip are for DCP checkpoints"
-_PEFT_ONLY = "--run and --dtype are for PEFT directories"
+_KINDS = "DCP (.metadata), verl (model_world_size_*.pt), prime-rl (trainer/.metadata), PEFT"
+_STEP_OPTIONS = {"step": "--step", "model": "--model", "optim": "--optim"}
+_STEP_OPTIONS |= {"optimizer": "--optimizer", "skip": "--skip"}
+_ADAPTER_OPTIONS = {"run": "--run", "dtype": "--dtype", "alpha": "--alpha"}
+_ADAPTER_OPTIONS |= {"base_config": "--base-config"}
 
 
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="A directory (or URL) of stock DCP, or a local PEFT directory.")
+        str,
+        typer.Argument(
+            help="What is imported: a directory (or URL) of stock DCP; a local directory of verl, "
+            "prime-rl or PEFT; an adapter file of torchtune."
+        ),
     ],
     root: Annotated[str, typer.Argument(help="Root of the run: a directory or a URL.")],
     step: Annotated[
-        int | None, typer.Option("--step", min=0, help="DCP: number of the new step; 0 by default.")
+        int | None,
+        typer.Option("--step", min=0, help="Steps: number of the new step; the source's or 0."),
     ] = None,
     model: Annotated[
         str | None,
@@ -49,55 +63,119 @@ def import_command(
         str | None, typer.Option("--optim", help="DCP: prefix of the optimizer's names.")
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option("--optimizer", help="DCP: class of the optimizer, e.g. AdamW.")
+        str | None, typer.Option("--optimizer", help="Steps: class of the optimizer, e.g. AdamW.")
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", help="DCP: leave this name out; may be repeated.")
+        list[str] | None,
+        typer.Option("--skip", help="DCP, prime-rl: leave this name out; may be repeated."),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", help="PEFT: first part of the version's name.")
+        str | None, typer.Option("--run", help="Adapters: first part of the version's name.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="PEFT: what the tensors are cast to.")
+        Dtype | None, typer.Option("--dtype", help="Adapters: what the tensors are cast to.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="torchtune: the recipe's lora_alpha.")
+    ] = None,
+    base_config: Annotated[
+        Path | None, typer.Option("--base-config", help="torchtune: the base model's config.json.")
     ] = None,
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint of stock DCP a run's first step, or a PEFT directory its next version."""
+    """Make another trainer's checkpoint a run's first step, or an adapter its next version."""
+    given = {
+        "step": step,
+        "model": model,
+        "optim": optim,
+        "optimizer": optimizer,
+        "skip": skip or None,
+        "run": run,
+        "dtype": dtype,
+        "alpha": alpha,
+        "base_config": base_config,
+    }
     with reported(as_json, verifiable=False):
+        local = local_directory(source)
+        if local is not None and local.is_file():
+            tune = find_torchtune(local)
+            if tune is None:
+                raise NoCheckpoint(f"{local} is no adapter_model.pt or adapter_<N>.pt of torchtune")
+            _import_tune(tune, root, given, endpoint_url, as_json)
+            return
         found = open_root(source, endpoint_url)
-        if found.exists(METADATA):
-            if run is not None or dtype is not None:
-                raise ConfigError(f"{_PEFT_ONLY}; {source} is a DCP checkpoint")
-            choices = Choices(
-                _DEFAULT_MODEL if model is None else model, optim, optimizer, tuple(skip or ())
+        options = store_options(root, endpoint_url)
+        if local is not None and (trainer := find_prime_rl(local)) is not None:
+            _only(given, source, "prime-rl", {"step", "optimizer", "skip"})
+            named: dict[str, Any] = {"optimizer": optimizer, "storage_options": options}
+            made = import_prime_rl(trainer, root, step=step, skip=tuple(skip or ()), **named)
+            _show_step(source, root, made, as_json)
+        elif found.exists(METADATA):
+            _only(given, source, "DCP", set(_STEP_OPTIONS))
+            prefix = _DEFAULT_MODEL if model is None else model
+            made = import_checkpoint(
+                source,
+                root,
+                step=step or 0,
+                choices=Choices(prefix, optim, optimizer, tuple(skip or ())),
+                source_options=store_options(source, endpoint_url),
+                storage_options=options,
             )
-            _import_checkpoint(source, root, step or 0, choices, endpoint_url, as_json)
-        elif found.exists(CONFIG_NAME):
-            if any(value is not None for value in (step, model, optim, optimizer, skip or None)):
-                raise ConfigError(f"{_DCP_ONLY}; {source} is a PEFT directory")
-            _import_adapter(source, root, run or _DEFAULT_RUN, dtype, endpoint_url, as_json)
+            _show_step(source, root, made, as_json)
+        elif local is not None and (verl := find_verl(local)) is not None:
+            _only(given, source, "verl", {"step", "optimizer"})
+            made = import_verl(verl, root, step=step, optimizer=optimizer, storage_options=options)
+            _show_step(source, root, made, as_json)
+        elif found.exists(CONFIG_NAME) and (
+            local is None or _has_weights(local) or find_torchtune(local) is None
+        ):
+            _only(given, source, "PEFT", {"run", "dtype"})
+            cast = None if dtype is None else dtype.value
+            adapter = import_adapter(
+                source, root, run=run or _DEFAULT_RUN, dtype=cast, storage_options=options
+            )
+            _show_version(source, root, run or _DEFAULT_RUN, adapter, as_json)
+        elif local is not None and (tune := find_torchtune(local)) is not None:
+            _import_tune(tune, root, given, endpoint_url, as_json)
         else:
-            msg = f"{found.url} is neither a DCP checkpoint ({METADATA}) nor a PEFT directory"
-            raise NoCheckpoint(f"{msg} ({CONFIG_NAME})")
+            msg = f"{found.url} is no checkpoint that is known here: {_KINDS} ({CONFIG_NAME})"
+            raise NoCheckpoint(f"{msg}, torchtune (adapter_model.pt)")
 
 
-def _import_checkpoint(
-    source: str,
-    root: str,
-    step: int,
-    choices: Choices,
-    endpoint_url: str | None,
-    as_json: bool,
+def _has_weights(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME))
+
+
+def _only(given: dict[str, Any], source: str, kind: str, known: set[str]) -> None:
+    """Refuse options that mean nothing for this kind of source."""
+    flags = _STEP_OPTIONS | _ADAPTER_OPTIONS
+    wrong = [flag for name, flag in flags.items() if given[name] is not None and name not in known]
+    if wrong:
+        msg = f"{', '.join(wrong)}: not for a source of the kind {kind}, which {source} is"
+        raise ConfigError(msg)
+
+
+def _import_tune(
+    file: Path, root: str, given: dict[str, Any], endpoint_url: str | None, as_json: bool
 ) -> None:
-    result = import_checkpoint(
-        source,
+    _only(given, str(file), "torchtune", set(_ADAPTER_OPTIONS))
+    run = given["run"] or _DEFAULT_RUN
+    dtype = given["dtype"]
+    config, tensors = read_torchtune(file, alpha=given["alpha"], base_config=given["base_config"])
+    manifest = publish_tensors(
+        config,
+        tensors,
         root,
-        step=step,
-        choices=choices,
-        source_options=store_options(source, endpoint_url),
+        where=str(file),
+        run=run,
+        dtype=None if dtype is None else dtype.value,
         storage_options=store_options(root, endpoint_url),
     )
+    _show_version(str(file), root, run, manifest, as_json)
+
+
+def _show_step(source: str, root: str, result: Imported, as_json: bool) -> None:
     manifest = result.manifest
     size = sum(file.size for file in manifest.files)
     path = step_dir(manifest.step, manifest.epoch)
@@ -121,25 +199,15 @@ def _import_checkpoint(
         ("other entries", str(result.entries)),
     ]
     if result.skipped:
-        facts.append(("left out", ", ".join(result.skipped)))
+        names = ", ".join(result.skipped[:_SHOWN])
+        more = len(result.skipped) - _SHOWN
+        facts.append(("left out", names + (f" and {more} more" if more > 0 else "")))
     output_console().print(show.facts_table(facts))
 
 
-def _import_adapter(
-    source: str,
-    root: str,
-    run: str,
-    dtype: Dtype | None,
-    endpoint_url: str | None,
-    as_json: bool,
+def _show_version(
+    source: str, root: str, run: str, manifest: VersionManifest, as_json: bool
 ) -> None:
-    manifest = import_adapter(
-        source,
-        root,
-        run=run,
-        dtype=None if dtype is None else dtype.value,
-        storage_options=store_options(root, endpoint_url),
-    )
     size = sum(file.size for file in manifest.files)
     path = version_dir(run, manifest.number)
     if as_json:

@@ -116,8 +116,18 @@ def match(
     if Part.OPTIMIZER in parts and state.optimizer is not None and shared["optimizer"] is not None:
         saved = shared["optimizer"]
         grouped = {name for group in saved["groups"] for name in group["params"]}
-        missing += [f"{OPTIM_PREFIX}{n}" for n in live.optimizer_params if n not in grouped]
-        extra += [f"{OPTIM_PREFIX}{n}" for n in sorted(grouped) if n not in live.optimizer_params]
+        # Optimizers are often built over all parameters. The frozen ones among them have no state
+        # and are not saved: whether an optimizer holds them makes no difference.
+        missing += [
+            f"{OPTIM_PREFIX}{name}"
+            for name in live.optimizer_params
+            if name not in grouped and MODEL_PREFIX + name in live.tensors
+        ]
+        extra += [
+            f"{OPTIM_PREFIX}{name}"
+            for name in sorted(grouped)
+            if name not in live.optimizer_params and MODEL_PREFIX + name in records
+        ]
         for fqn, keys in saved["tensors"].items():
             if fqn not in live.optimizer_params:
                 continue

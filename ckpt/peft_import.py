@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .commit import newest_epoch
 from .errors import ConfigError
 from .layout import check_run_name, new_attempt
@@ -49,15 +51,50 @@ def import_adapter(
         PublishError: the adapter is not one that engines load; names the cause.
         StorageError: the store failed.
     """
-    check_run_name(run)
     directory = local_directory(source)
     if directory is None:
         raise ConfigError(f"{source} is a URL; copy the PEFT directory to this machine first")
     config, tensors = read_adapter(directory)
+    return publish_tensors(
+        config,
+        tensors,
+        root,
+        where=str(directory),
+        run=run,
+        dtype=dtype,
+        storage_options=storage_options,
+    )
+
+
+def publish_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    root: str,
+    *,
+    where: str,
+    run: str,
+    dtype: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> VersionManifest:
+    """Publish an adapter that was read already, in whichever form, as the run's next version.
+
+    Args:
+        config: content of ``adapter_config.json``.
+        tensors: by PEFT key.
+        root: root of the run.
+        where: what the tensors came from, for messages.
+        run: first part of the version's name.
+        dtype: what the tensors are cast to; as they are if None.
+        storage_options: for the root's store.
+
+    Raises:
+        CkptError: as :func:`import_adapter`.
+    """
+    check_run_name(run)
     found = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     if dtype is None:
         if len(found) != 1 or found[0] not in _DTYPES:
-            msg = f"the tensors in {directory} are {', '.join(found) or 'none'}; name a --dtype"
+            msg = f"the tensors in {where} are {', '.join(found) or 'none'}; name a --dtype"
             raise ConfigError(msg)
         dtype = found[0]
     storage = open_storage(root, storage_options)

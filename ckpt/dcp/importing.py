@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ckpt.about import package_version
-from ckpt.checksum import Crc32Blocks
-from ckpt.commit import claim_epoch, commit_step, discard, place
-from ckpt.envelope import utc_now
-from ckpt.errors import CommitUnknown, ConfigError, UnrestoredRoot
-from ckpt.layout import STATE, check_step, new_attempt, shard_name
+from ckpt.foreign import ForeignStep, ForeignTensor, commit_foreign
 from ckpt.manifest import StepManifest
-from ckpt.shard import ShardLayout, ShardTensor
-from ckpt.state import encode_state
-from ckpt.storage import Storage, open_storage, put_checked
-from ckpt.storage.base import Buffer
-from ckpt.types import Chunk, FileRecord, TensorRecord
+from ckpt.storage import open_storage
 
-from .mapping import Choices, Mapped, map_names
-from .parts import tensor_bytes
+from .mapping import Choices, map_names
 from .stock import StockCheckpoint
 
 
@@ -35,7 +21,7 @@ class Imported:
 
     Attributes:
         manifest: the committed step's.
-        skipped: names that were left out because the caller said so.
+        skipped: names that were left out, because the caller said so or the importer does.
         entries: number of non-tensor entries of the source.
     """
 
@@ -73,95 +59,41 @@ def import_checkpoint(
         DamagedError: the source cannot be read.
         StorageError: a store failed.
     """
-    check_step(step)
     stock = StockCheckpoint(open_storage(source, source_options))
-    mapped = map_names(stock, choices or Choices())
-    state = _state(mapped)
-    storage = open_storage(root, storage_options)
-    try:
-        epoch = claim_epoch(storage, None, seen=None, fresh=False).epoch
-    except UnrestoredRoot as error:
-        msg = f"{storage.url} holds steps already; import into a root of its own"
-        raise ConfigError(msg) from error
-    attempt = new_attempt()
-    where = place(storage, step, epoch, attempt)
-    try:
-        name = shard_name(0, 1)
-        tensors, files = _write_shard(storage, where.path(name), where.name(name), stock, mapped)
-        files.append(put_checked(storage, where.path(STATE), state, name=where.name(STATE)))
-        text = json.dumps([[t.name, t.dtype, t.shape] for t in tensors])
-        version = mapped.shared["extra"].get("policy_version")
-        manifest = StepManifest(
-            step=step,
-            epoch=epoch,
-            attempt=attempt,
-            created=utc_now(),
-            writer_version=package_version(),
-            world_size=max(1, len(mapped.ranks)),
-            mesh=None,
-            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-            base=None,
-            export=None,
-            tensors=tuple(tensors),
-            files=tuple(sorted(files, key=lambda record: record.name)),
-            adapter_sha256=None,
-            policy_version=version if type(version) is int else None,
+    return import_stock(stock, root, step, choices or Choices(), storage_options=storage_options)
+
+
+def import_stock(
+    stock: StockCheckpoint,
+    root: str,
+    step: int,
+    choices: Choices,
+    *,
+    ranks: list[Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Imported:
+    """The same, of a checkpoint that is open already.
+
+    Args:
+        stock: the source.
+        root: root of the run; it must not hold steps.
+        step: number that the step gets.
+        choices: how names are understood.
+        ranks: what each rank had, if it is known from elsewhere than the source.
+        storage_options: for the root's store.
+
+    Raises:
+        CkptError: as :func:`import_checkpoint`.
+    """
+    mapped = map_names(stock, choices)
+    tensors = {
+        target: ForeignTensor(
+            stock.tensors[origin].dtype,
+            stock.tensors[origin].shape,
+            functools.partial(stock.read_tensor, origin),
         )
-        commit_step(storage, where, manifest)
-    except CommitUnknown:
-        raise  # its files must stay: the step may exist
-    except Exception:
-        discard(storage, where.scratch)
-        raise
-    return Imported(manifest, tuple(mapped.skipped), len(stock.entries))
-
-
-def _state(mapped: Mapped) -> bytes:
-    ranks = mapped.ranks or [{"rng": _seeded_rng(), "dataloader": None, "per_rank": {}}]
-    return encode_state({"shared": mapped.shared, "ranks": ranks})
-
-
-def _seeded_rng() -> dict[str, Any]:
-    """Generators as they are after seed 0: the same import gives the same step."""
-    return {
-        "python": random.Random(0).getstate(),
-        "numpy": None,
-        "torch": torch.Generator().manual_seed(0).get_state(),
-        "cuda": [],
+        for target, origin in mapped.tensors.items()
     }
-
-
-def _write_shard(
-    storage: Storage, path: str, name: str, stock: StockCheckpoint, mapped: Mapped
-) -> tuple[list[TensorRecord], list[FileRecord]]:
-    """All tensors as one file, streamed; the records of the tensors and of the file."""
-    layout = ShardLayout.build(
-        [
-            ShardTensor(target, tensor.dtype, tensor.shape, tensor.shape, (0,) * len(tensor.shape))
-            for target, tensor in (
-                (target, stock.tensors[origin]) for target, origin in sorted(mapped.tensors.items())
-            )
-        ]
-    )
-    records = []
-    for target, origin in sorted(mapped.tensors.items()):
-        tensor = stock.tensors[origin]
-        chunks: tuple[Chunk, ...] = ()
-        if target in layout.offsets:
-            offsets = (0,) * len(tensor.shape)
-            chunks = (Chunk(offsets, tensor.shape, name, *layout.offsets[target]),)
-        records.append(TensorRecord(target, tensor.dtype, tensor.shape, chunks))
-    if not layout.offsets:
-        return records, []
-    crc = Crc32Blocks()
-
-    def stream() -> Iterator[Buffer]:
-        crc.update(layout.header)
-        yield layout.header
-        for target in layout.offsets:
-            view = tensor_bytes(stock.read_tensor(mapped.tensors[target]))
-            crc.update(view)
-            yield view
-
-    storage.put_stream(path, stream(), layout.size)
-    return records, [crc.record(name)]
+    foreign = ForeignStep(tensors, mapped.shared, ranks or mapped.ranks)
+    manifest = commit_foreign(open_storage(root, storage_options), step, foreign)
+    return Imported(manifest, tuple(mapped.skipped), len(stock.entries))

@@ -78,7 +78,7 @@ def read_pickle(data: bytes, where: str) -> Any:
         msg = f"{where}: {len(data)} bytes are too many for the metadata of a checkpoint"
         raise DamagedError(msg)
     try:
-        _check_opcodes(data, where)
+        check_opcodes(data, where)
         return _Unpickler(data, where).load()
     except CkptError:
         raise
@@ -87,7 +87,7 @@ def read_pickle(data: bytes, where: str) -> Any:
         raise DamagedError(msg) from error
 
 
-def _check_opcodes(data: bytes, where: str) -> None:
+def check_opcodes(data: bytes, where: str) -> None:
     """Refuse a pickle whose memo would take more memory than its size warrants."""
     for opcode, argument, _position in pickletools.genops(data):
         if opcode.name in _MEMO_WRITES and int(argument or 0) > len(data):

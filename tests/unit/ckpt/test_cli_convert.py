@@ -85,16 +85,16 @@ class TestImport:
     def test_neither(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         error = one_line(ckpt("import", tmp_path / "empty", tmp_path / "root"), 2)
-        assert "neither a DCP checkpoint (.metadata) nor a PEFT directory" in error
+        assert "no checkpoint that is known here: DCP (.metadata), verl (model_world" in error
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         one_line(ckpt("import", tmp_path / "none", tmp_path / "root"), 3)
 
     def test_options_of_the_other_kind(self, source: Path, adapter: Path, tmp_path: Path) -> None:
         error = one_line(ckpt("import", source, tmp_path / "root", "--run", "x"), 2)
-        assert "--run and --dtype are for PEFT" in error
+        assert "--run: not for a source of the kind DCP" in error
         error = one_line(ckpt("import", adapter, tmp_path / "root", "--skip", "x"), 2)
-        assert "for DCP checkpoints" in error
+        assert "--skip: not for a source of the kind PEFT" in error
 
     def test_a_root_with_steps(self, source: Path, tmp_path: Path) -> None:
         assert ckpt("import", source, tmp_path / "root").exit_code == 0

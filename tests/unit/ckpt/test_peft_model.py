@@ -128,6 +128,30 @@ def test_every_adapter_is_saved_whichever_is_active(tmp_path: Path) -> None:
         assert torch.equal(parameter, saved[name]), name
 
 
+def test_it_makes_no_difference_whether_the_optimizer_holds_the_frozen_base(
+    tmp_path: Path,
+) -> None:
+    def run(*, everything: bool) -> tuple[Any, torch.optim.Optimizer]:
+        model = peft.get_peft_model(llama(), lora())
+        params = [p for p in model.parameters() if everything or p.requires_grad]
+        return model, torch.optim.AdamW(params)
+
+    for first, second in ((True, False), (False, True)):
+        model, optimizer = run(everything=first)
+        ids = torch.arange(6).view(1, 6)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        root = tmp_path / str(first)
+        with CheckpointManager(root) as manager:
+            manager.save(0, TrainState(model, optimizer)).wait()
+        again, live = run(everything=second)
+        with CheckpointManager(root) as manager:
+            assert manager.restore(TrainState(again, live)) == 0
+        name = f"{HEAD}q_proj.lora_B.default.weight"
+        moments = optimizer.state[model.get_parameter(name)]
+        assert torch.equal(live.state[again.get_parameter(name)]["exp_avg"], moments["exp_avg"])
+
+
 def test_a_named_adapter_is_exported_and_several_active_ones_are_refused() -> None:
     model = two_adapters()
     other = export_of_peft(model, "reference")
