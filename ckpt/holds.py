@@ -325,6 +325,30 @@ def _take_away(
     return None
 
 
+def finish_removal(storage: Storage, name: str) -> None:
+    """Settle a :func:`remove_unless_held` that a kill cut short; what is whole stays as it is.
+
+    What was out of sight already is deleted, or put back if it is held by now. Only for names whose
+    deletion somebody asked for.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    path = target_dir(name)
+    if not storage.has_rename:
+        if storage.list(path) and not storage.exists(f"{path}/{MANIFEST}"):
+            storage.delete_tree(path)
+        return
+    trash = trash_path(path)
+    where = storage.local_path(trash)
+    if where is None or not where.is_dir():
+        return
+    if hold(storage, name) is not None and not storage.list(path):
+        storage.rename_dir(trash, path)
+    else:
+        storage.delete_tree(trash)
+
+
 def _require(storage: Storage, name: str) -> None:
     path = f"{target_dir(name)}/{MANIFEST}"
     if not storage.exists(path):

@@ -307,6 +307,33 @@ class PinRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PinList:
+    """What is pinned, by name."""
+
+    pins: tuple[PinRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRow:
+    """An adapter that a job exported: of which step, in which dtype, and its files."""
+
+    name: str
+    step: int
+    epoch: int
+    dtype: str
+    created: str
+    adapter_sha256: str
+    files: tuple[FileRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportList:
+    """Exported adapters, by name."""
+
+    exports: tuple[ExportRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobRow:
     """A piece of work on a root.
 

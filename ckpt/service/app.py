@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Final
 
 from fastapi import FastAPI
 
 from ckpt.about import package_version
 from ckpt.errors import ConfigError
 
-from . import answers, routes_health, routes_news, routes_runs
+from . import (
+    answers,
+    routes_files,
+    routes_health,
+    routes_holds,
+    routes_jobs,
+    routes_news,
+    routes_runs,
+)
 from .auth import Gate, undeclared
 from .config import ServiceConfig
 from .front import Front
@@ -18,12 +27,22 @@ from .limits import Slots
 from .metrics import ServiceMetrics
 from .roots import Roots
 
+ROUTERS: Final = (
+    routes_health.router,
+    routes_runs.router,
+    routes_news.router,
+    routes_files.router,
+    routes_holds.router,
+    routes_jobs.router,
+)
+"""The operations, part by part."""
+
 
 def create_app(config: ServiceConfig) -> FastAPI:
     """The ASGI application of a service.
 
-    On its ``state`` lie ``config``, ``roots``, ``gate``, ``metrics``, ``waiting``, ``stopping`` and
-    ``begin_stop``, which lets those go who wait.
+    On its ``state`` lie ``config``, ``roots``, ``gate``, ``metrics``, ``waiting``, ``downloads``,
+    ``stopping`` and ``begin_stop``, which lets those go who wait.
 
     Args:
         config: roots, tokens and bounds.
@@ -41,6 +60,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        roots.start()
         try:
             yield
         finally:
@@ -60,12 +80,13 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.state.roots = roots
     app.state.metrics = metrics
     app.state.waiting = Slots("long polls and event streams", config.limits.waiting)
+    app.state.downloads = Slots("downloads", config.limits.downloads)
     app.state.gate = gate
     app.state.stopping = False
     app.state.begin_stop = begin_stop
     answers.install(app)
-    for module in (routes_health, routes_runs, routes_news):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     open_doors = undeclared(app)
     if open_doors:
         msg = f"operations that do not say which scope they need: {', '.join(open_doors)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
@@ -19,7 +19,7 @@ from ckpt.holds import Holds, pinned
 from ckpt.layout import parse_step_dir, parse_version_name, step_name
 from ckpt.storage import Storage
 from ckpt.versions import VersionEntry, find_version, version_entry, version_names
-from ckpt.wire import StepList, StepRow, VersionList, VersionRow
+from ckpt.wire import StepList, StepRow, VerifiedRow, VersionList, VersionRow
 
 from .rows import step_row, version_row
 
@@ -59,6 +59,7 @@ class Listings:
 
     Args:
         storage: the root.
+        verified: when each step or version was last read as a whole, by its bare name.
         keep_s: how old what is shown may be.
         clock: seconds, for tests.
     """
@@ -66,11 +67,12 @@ class Listings:
     def __init__(
         self,
         storage: Storage,
+        verified: Callable[[], Mapping[str, VerifiedRow]],
         *,
         keep_s: float = KEPT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._storage = storage
+        self._storage, self._verified = storage, verified
         self._steps: _Kept[tuple[int, int], StepRow] = _Kept(keep_s, clock)
         self._versions: _Kept[str, VersionRow] = _Kept(keep_s, clock)
 
@@ -94,21 +96,27 @@ class Listings:
             if floor is None:
                 raise ConfigError(f"before must name a step like {step_name(42, 3)!r}")
         names = [pair for pair in reversed(found) if floor is None or pair < floor]
-        kept = pinned(self._storage)
-        rows = tuple(self._step(pair, pair in lineage, kept) for pair in names[:limit])
+        kept, verified = pinned(self._storage), self._verified()
+        rows = tuple(
+            replace(
+                self._step(pair, pair in lineage),
+                pinned=step_name(*pair) in kept,
+                verified=verified.get(step_name(*pair)),
+            )
+            for pair in names[:limit]
+        )
         more = len(names) > limit
         last = None if not more else step_name(*names[limit - 1])
         return StepList(rows, len(found), last)
 
-    def _step(self, pair: tuple[int, int], counts: bool, kept: set[str]) -> StepRow:
+    def _step(self, pair: tuple[int, int], counts: bool) -> StepRow:
         row = self._steps.get(pair)
         if row is None or (row.state == "committed") is not counts:
             entry: StepEntry = step_entry(self._storage, *pair, counts)
             row = step_row(entry)
             if entry.state in ("committed", "abandoned"):
                 self._steps.put(pair, row)
-        is_pinned = step_name(*pair) in kept
-        return row if row.pinned == is_pinned else replace(row, pinned=is_pinned)
+        return row
 
     def versions(self, run_name: str | None, before: str | None, limit: int) -> VersionList:
         """A page of versions, newest first; by run, where a root has several.
@@ -129,12 +137,15 @@ class Listings:
             if floor is None:
                 raise ConfigError("before must name a version like 'run7-v00000042'")
         names = [item for item in reversed(found) if floor is None or item[0] < floor]
-        holds = Holds(self._storage)
-        rows = tuple(self._version(pair, is_dir, holds) for pair, is_dir in names[:limit])
+        holds, verified = Holds(self._storage), self._verified()
+        page = [self._version(pair, is_dir) for pair, is_dir in names[:limit]]
+        rows = tuple(
+            replace(row, held=holds.of(row.name), verified=verified.get(row.name)) for row in page
+        )
         last = rows[-1].name if len(names) > limit else None
         return VersionList(rows, len(found), last)
 
-    def _version(self, pair: tuple[str, int], is_dir: bool, holds: Holds) -> VersionRow:
+    def _version(self, pair: tuple[str, int], is_dir: bool) -> VersionRow:
         name = f"{pair[0]}-v{pair[1]:08d}"
         row = self._versions.get(name)
         if row is None:
@@ -144,5 +155,4 @@ class Listings:
             row = version_row(entry)
             if entry.state == "committed":
                 self._versions.put(name, row)
-        held = holds.of(name)
-        return row if row.held == held else replace(row, held=held)
+        return row

@@ -18,12 +18,17 @@ from ckpt.handoff import Registry
 from ckpt.storage import open_storage
 
 from .config import RootSpec, ServiceConfig
+from .jobs.records import JobBook
+from .jobs.runner import JobRunner
 from .listings import Listings
 from .metrics import ServiceMetrics
 from .watch import RootWatcher
 
 THREADS: Final = 16
 """Requests to one store at a time; more wait for their turn."""
+
+STOP_S: Final = 3.0
+"""For jobs to be let go of."""
 
 T = TypeVar("T")
 
@@ -44,7 +49,14 @@ class ServedRoot:
         self.name = spec.name
         self.storage = open_storage(spec.url, spec.storage_options)
         self.registry = Registry(self.storage)
-        self.listings = Listings(self.storage)
+        self.jobs = JobRunner(
+            spec.name,
+            JobBook(self.storage),
+            workers=config.job_workers,
+            timeout_s=config.job_timeout_s,
+            metrics=metrics,
+        )
+        self.listings = Listings(self.storage, self.jobs.book.verified)
         self._timeout_s = config.limits.store_s
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"ckpt-{spec.name}")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"ckpt-look-{spec.name}")
@@ -77,6 +89,7 @@ class ServedRoot:
     async def close(self) -> None:
         """Let those who wait go, and the store."""
         await self.watcher.close()
+        await asyncio.to_thread(self.jobs.stop, STOP_S)
         for pool in (self._pool, self._looker):
             pool.shutdown(wait=False, cancel_futures=True)
         self.storage.close()
@@ -130,6 +143,11 @@ class Roots:
             elif isinstance(answer, BaseException):
                 raise answer
         return found
+
+    def start(self) -> None:
+        """Take up jobs, also those that a dead service left."""
+        for root in self:
+            root.jobs.start()
 
     async def stop_waiting(self) -> None:
         """Let long polls and event streams end."""

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from ckpt.errors import ConfigError
 
-from .base import Buffer, Entry, Storage
+from .base import Buffer, Entry, Presigning, Storage
 from .checked import put_checked, read_checked, verified_blocks
 from .posix import PosixStorage
 from .traffic import Traffic
@@ -17,6 +17,7 @@ from .traffic import Traffic
 __all__ = [
     "Buffer",
     "Entry",
+    "Presigning",
     "Storage",
     "Traffic",
     "open_storage",

@@ -111,3 +111,12 @@ class Storage(Protocol):
     def close(self) -> None:
         """Release connections; a later call opens new ones."""
         ...
+
+
+@runtime_checkable
+class Presigning(Protocol):
+    """A store whose files can be read by whoever is given a URL."""
+
+    def presigned_url(self, path: str, expires_s: int) -> str:
+        """A URL with which anybody may read a file, for so many seconds; it is a secret."""
+        ...

@@ -58,7 +58,12 @@ UPLOAD_POINTS = (
     "upload.before_mark",
     "upload.idle",
 )
-POINTS = frozenset((*POSIX_POINTS, *OBJECT_POINTS, *COMMIT_POINTS, *UPLOAD_POINTS))
+JOB_POINTS = (
+    "job.begun",
+    "job.unit",
+    "job.before_result",
+)
+POINTS = frozenset((*POSIX_POINTS, *OBJECT_POINTS, *COMMIT_POINTS, *UPLOAD_POINTS, *JOB_POINTS))
 """Every point there is."""
 
 _SPEC = re.compile(r"(?P<point>[a-z0-9_.]+)(:(?P<nth>[1-9][0-9]{0,8}))?=(?P<action>[a-z]+)")

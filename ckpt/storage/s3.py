@@ -277,6 +277,12 @@ class S3Storage:
         key = "/".join(part for part in (self._prefix, upload.path) if part)
         self._do("abort", upload.path, lambda: abort(self._session, key, upload.upload_id))
 
+    def presigned_url(self, path: str, expires_s: int) -> str:
+        """A URL that reads an object, for ``expires_s`` seconds; signed here, without a request."""
+        key = self._key(path)
+        url: str = self._do("sign", path, lambda: self._session.presign(key, expires_s))
+        return url
+
     async def _put_whole(self, key: str, body: bytes) -> None:
         await put_object(self._session, key, body)
 

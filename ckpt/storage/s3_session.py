@@ -87,6 +87,15 @@ class S3Session:
         )
         return call
 
+    async def presign(self, key: str, expires_s: int) -> str:
+        """A URL that reads an object, for so many seconds."""
+        client = await self._filesystem().get_s3(self.bucket)
+        query = {"Bucket": self.bucket, "Key": key}
+        url: str = await client.generate_presigned_url(
+            "get_object", Params=query, ExpiresIn=expires_s
+        )
+        return url
+
     async def pages(self, prefix: str, delimiter: str | None) -> AsyncIterator[dict[str, Any]]:
         """Pages of a listing, in the order of keys."""
         query = {"Prefix": prefix, **({"Delimiter": delimiter} if delimiter else {})}

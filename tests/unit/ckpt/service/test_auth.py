@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(place: Path) -> Iterator[httpx.Client]:
-    with serving(place / "lab", tokens=tokens(place)) as client:
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ckpt.service.front.FAILED_BURST", 10_000)  # all of them come from here
+            client = stack.enter_context(serving(place / "lab", tokens=tokens(place)))
         yield client
 
 
@@ -134,3 +138,26 @@ def test_answers_carry_headers_that_keep_browsers_safe(client: httpx.Client) -> 
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "access-control-allow-origin" not in headers
         assert "server" not in headers
+
+
+def test_guessing_is_slowed_down_and_stops_nobody_else(place: Path) -> None:
+    with serving(place / "lab", tokens=tokens(place)) as client:
+        statuses = [client.get("/v1/runs", headers=as_("x" * 20)).status_code for _ in range(60)]
+        assert statuses[:50] == [401] * 50
+        assert statuses[-1] == 429
+        assert client.get("/v1/runs", headers=as_(READ)).status_code == 200
+
+
+def test_a_cookie_opens_pages_and_changes_nothing_for_other_sites(place: Path) -> None:
+    with serving(place / "lab", tokens=tokens(place)) as client:
+        cookie = {"Cookie": f"ckpt_token={ADMIN}"}
+        assert client.get("/v1/runs", headers=cookie).status_code == 200
+        url = "/v1/runs/lab/pins/run7-v00000001"
+        for site in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
+            refused = client.put(url, json={}, headers={**cookie, **site})
+            assert refused.status_code == 403
+        fine = client.put(url, json={}, headers={**cookie, "Sec-Fetch-Site": "same-origin"})
+        assert fine.status_code == 200
+        # A token in the header is shown on purpose; which page sent it does not matter.
+        plain = {**as_(ADMIN), "Origin": "https://tool.example"}
+        assert client.put(url, json={}, headers=plain).status_code == 200
