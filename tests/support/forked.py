@@ -1,13 +1,8 @@
-"""Ranks that cost milliseconds to start: forked from one warm process, still real processes.
-
-A fork server imports torch and the checkpoint code once, before any thread or group exists, and
-forks a child for every rank.
-"""
+"""Ranks that a test can watch, stop, kill and wait for one by one; real processes, soon started."""
 
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import pickle
 import signal
@@ -25,9 +20,9 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-TESTS = Path(__file__).parents[1]
+from support.warm_start import start
+
 GROUP_TIMEOUT = datetime.timedelta(seconds=60)
-PRELOADED = ["pytest", "support.warm"]
 
 
 class Crew:
@@ -42,24 +37,10 @@ class Crew:
     def __init__(self, world: int, fn: Callable[..., object], *args: object) -> None:
         self.world = world
         self._folder = tempfile.TemporaryDirectory(prefix="crew-")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        # The server is started by the first process; its path has to lead to what it preloads.
-        paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        try:
-            self.processes = [
-                context.Process(target=_child, args=(rank, world, self._folder.name, fn, args))
-                for rank in range(world)
-            ]
-            for process in self.processes:
-                process.start()
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+        self.processes = [
+            start(_child, rank, world, self._folder.name, fn, args, slot=rank)
+            for rank in range(world)
+        ]
 
     def __enter__(self) -> Self:
         return self

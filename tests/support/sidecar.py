@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.forked import PRELOADED, TESTS
+from support.warm_start import start
 
 SECONDS = 60
 
@@ -72,22 +71,7 @@ class SidecarProcess:
             self.process.join()
 
     def start(self, **environment: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        before = os.environ.get("PYTHONPATH")
-        paths = [str(TESTS.parent), str(TESTS), before or ""]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        try:
-            everything = {**os.environ, **environment}
-            self.process = context.Process(
-                target=_main, args=(self.argv, everything, str(self.log_file))
-            )
-            self.process.start()
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+        self.process = start(_main, self.argv, str(self.log_file), environment=environment)
 
     def kill(self) -> None:
         self.process.kill()
@@ -145,9 +129,7 @@ class SidecarProcess:
         return sorted(name for name in names if name not in {".lock", ".root"})
 
 
-def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+def _main(argv: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
     from ckpt.cli import main

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from support.warm_start import start
+
 GROUP_TIMEOUT = datetime.timedelta(seconds=60)
 GRACE_SECONDS = 15.0
 """How long the others may go on after a rank failed, so that their errors are seen too."""
@@ -36,7 +38,7 @@ def run_ranks(
     timeout: float = 120,
     killed: Collection[int] = (),
 ) -> list[object]:
-    """Call ``fn(rank, world, *args)`` on ``world`` spawned gloo ranks.
+    """Call ``fn(rank, world, *args)`` on ``world`` gloo ranks, each a process of its own.
 
     Args:
         world: number of processes.
@@ -51,17 +53,11 @@ def run_ranks(
     Raises:
         RankFailed: a rank raised, ended with a wrong status or was too slow.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        processes = [
-            context.Process(
-                target=_child, args=(rank, world, folder, list(sys.path), fn, args), daemon=False
-            )
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
+        processes: list[multiprocessing.process.BaseProcess] = []
         try:
+            for rank in range(world):
+                processes.append(start(_child, rank, world, folder, fn, args, slot=rank))
             late = _join(processes, timeout, killed)
             return _results(folder, [p.exitcode for p in processes], late, timeout, killed)
         finally:
@@ -127,11 +123,9 @@ def _child(
     rank: int,
     world: int,
     folder: str,
-    path: list[str],
     fn: Callable[..., object],
     args: tuple[object, ...],
 ) -> None:
-    sys.path[:] = path
     # torch's static teardown aborts about one rank in thirty on a busy machine, after the group is
     # destroyed and all Python code has run. Handlers run last in, first out, so those of the
     # function come before this one; a rank that failed has left with another status by then.
@@ -148,6 +142,8 @@ def _child(
             world_size=world,
             timeout=GROUP_TIMEOUT,
         )
+        # A rank that has done its work may leave before the others have all met each other.
+        dist.barrier()
         result = pickle.dumps(fn(rank, world, *args))
         Path(folder, f"result-{rank}.pkl").write_bytes(result)
         dist.destroy_process_group()

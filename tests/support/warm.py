@@ -1,4 +1,4 @@
-"""What the fork server imports and reads once, so that a forked rank need not."""
+"""What the fork servers import and read once, so that a forked rank need not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import botocore.loaders
 import botocore.session
 
 # Optimizers import it when they are made, which alone takes longer than a whole cell.
-import torch._dynamo  # noqa: F401
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 
+import archon_lora.engine
+import archon_lora.models.registry  # noqa: F401
+import ckpt.dcp  # noqa: F401
 import support.ranks_faults  # noqa: F401
 
 
