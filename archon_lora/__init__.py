@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TrainConfigError,
         UnmappedName,
     )
+    from .experts import LoRAGroupedExperts
     from .linear import LoRALinear
     from .merge import iter_merged_weights
     from .mode import (
@@ -60,6 +61,7 @@ _HOMES = {
     "EngineNotReady": "errors",
     "LoRAConfig": "config",
     "LoRAConfigError": "errors",
+    "LoRAGroupedExperts": "experts",
     "LoRALinear": "linear",
     "LoRANotEnabled": "errors",
     "MergeError": "errors",
@@ -98,6 +100,7 @@ __all__ = [
     "EngineNotReady",
     "LoRAConfig",
     "LoRAConfigError",
+    "LoRAGroupedExperts",
     "LoRALinear",
     "LoRANotEnabled",
     "MergeError",

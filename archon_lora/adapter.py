@@ -6,6 +6,7 @@ The protocol of modules with adapters is :mod:`archon_lora.protocol`, switching 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -57,6 +58,8 @@ class AppliedLoRA:
     Attributes:
         config: the settings.
         matched: HF module name of every adapted module, by its canonical FQN.
+        experts: HF names of the adapted projections of stacked experts, one for each expert, by the
+            canonical FQN of their stack.
         module_names: HF names of all modules of the model at that time; an export needs them to
             choose target names that select exactly the adapted ones.
         hf_names: HF name by canonical FQN of every module of the model at that time, the root
@@ -70,6 +73,11 @@ class AppliedLoRA:
     module_names: tuple[str, ...]
     hf_names: FrozenMap[str]
     others: dict[str, AppliedLoRA] = field(default_factory=dict, compare=False)
+    experts: FrozenMap[tuple[str, ...]] = field(default_factory=lambda: FrozenMap({}))
+
+    def target_names(self) -> tuple[str, ...]:
+        """HF names of everything adapted, experts one by one."""
+        return (*self.matched.values(), *itertools.chain(*self.experts.values()))
 
 
 def applied_lora(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> AppliedLoRA:

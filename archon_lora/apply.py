@@ -21,6 +21,7 @@ from .adapter import (
 from .bases import check_base
 from .config import LoRAConfig
 from .errors import LoRAConfigError, NoAdapterError, TargetError
+from .experts import ExpertNames, LoRAGroupedExperts, StackedExperts, one_setting
 from .frozen import FrozenMap
 from .linear import LoRALinear
 from .names import canonical_modules
@@ -46,7 +47,11 @@ class ResettableAdapter(AdapterModule, Protocol):
 def apply_lora(
     model: nn.Module, config: LoRAConfig, *, name_map: NameMap | None = None
 ) -> AppliedLoRA:
-    """Replace the targeted linear layers by LoRALinear and freeze everything else.
+    """Put adapters on the targeted linear layers and experts, and freeze everything else.
+
+    A linear layer is replaced by a LoRALinear. Experts that lie stacked
+    (:class:`archon_lora.experts.StackedExperts`) are targeted by the names that HuggingFace gives
+    the linear layers of each, and replaced by LoRAGroupedExperts.
 
     Call it once, on the bare model, before tensor parallelism, ``fully_shard``, DDP or an
     optimizer; on a meta-device model :func:`initialise_adapters` follows after ``to_empty``.
@@ -74,38 +79,65 @@ def apply_lora(
     hf_names = _hf_names(list(modules), name_map)
     by_hf = {hf: fqn for fqn, hf in hf_names.items()}
     refused = _untargetable(modules, hf_names)
-    chosen = match_targets(
+    stacked = [
+        ExpertNames.of(m, n, hf_names[n])
+        for n, m in modules.items()
+        if n and isinstance(m, StackedExperts)
+    ]
+    one_by_one = [hf for names in stacked for stack in names.stacks.values() for hf in stack]
+    everything = tuple(dict.fromkeys([*hf_names.values(), *refused, *one_by_one]))
+    linear = {hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)}
+    selected = match_targets(
         config,
-        dict.fromkeys([*hf_names.values(), *refused]),
-        linear_names={hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)},
+        everything,
+        linear_names={*linear, *one_by_one},
         output_names=_output_names(model, modules, hf_names),
     )
-    _check_targetable(chosen, refused)
+    _check_targetable(selected, refused)
+    grouped = _grouped(stacked, frozenset(selected))
+    settings = {
+        fqn: {stack: one_setting(config, hf) for stack, hf in stacks.items()}
+        for fqn, stacks in grouped.items()
+    }
+    chosen = tuple(hf for hf in selected if hf in by_hf)
     owners = _owners(model)
     for hf in chosen:
         check_base(modules[by_hf[hf]], hf)
         _check_parent(modules[by_hf[hf].rpartition(".")[0]], hf)
         _check_not_shared(modules[by_hf[hf]], hf, owners)
+    experts = {
+        fqn: LoRAGroupedExperts(modules[fqn], config, targets, fqn=fqn)
+        for fqn, targets in settings.items()
+    }
     layers = {hf: _layer(modules[by_hf[hf]], config, hf=hf, fqn=by_hf[hf]) for hf in chosen}
     paths = {id(module): path for path, module in model.named_modules()}
     for hf, layer in layers.items():
         model.set_submodule(paths[id(modules[by_hf[hf]])], layer)
-    set_trainable_params(model, _claimed(layers, by_hf))
+    for fqn, adapted in experts.items():
+        model.set_submodule(paths[id(modules[fqn])], adapted)
+    claimed = {by_hf[hf]: layer for hf, layer in layers.items()} | experts
+    set_trainable_params(
+        model, [f"{n}.{p}" for n, m in claimed.items() for p in m.adapter_params()]
+    )
     record = AppliedLoRA(
         config=config,
         matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
-        module_names=tuple(dict.fromkeys([*hf_names.values(), *refused])),
         hf_names=FrozenMap(hf_names),
+        module_names=everything,
+        experts=FrozenMap(
+            {f"{fqn}.{stack}": hf for fqn, s in grouped.items() for stack, hf in s.items()}
+        ),
     )
     model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
     # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.
     model.adapter_export = functools.partial(peft_export, model)  # type: ignore[assignment]
-    adapted = sum(p.numel() for p in get_adapter_params(model).values())
+    trained = sum(p.numel() for p in get_adapter_params(model).values())
     _log.info(
         "LoRA on %d modules, %d trainable parameters: %s",
-        len(chosen),
-        adapted,
-        ", ".join(chosen),
+        len(selected),
+        trained,
+        # Experts are too many to be named one by one.
+        ", ".join([*chosen, *(f"{fqn} ({len(hf)} experts)" for fqn, hf in record.experts.items())]),
     )
     return record
 
@@ -276,5 +308,9 @@ def _layer(module: nn.Module, config: LoRAConfig, *, hf: str, fqn: str) -> LoRAL
     )
 
 
-def _claimed(layers: Mapping[str, LoRALinear], by_hf: Mapping[str, str]) -> list[str]:
-    return [f"{by_hf[hf]}.{local}" for hf, m in layers.items() for local in m.adapter_params()]
+def _grouped(
+    stacked: list[ExpertNames], selected: frozenset[str]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The stacks to adapt, with the HF names of their experts, by the FQN of their module."""
+    found = {names.fqn: names.chosen(selected) for names in stacked}
+    return {fqn: stacks for fqn, stacks in found.items() if stacks}

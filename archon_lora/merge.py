@@ -26,6 +26,15 @@ class Mergeable(Protocol):
         ...
 
 
+@runtime_checkable
+class MergeableStacks(Protocol):
+    """A module of stacked experts that can say what its stacks would be with adapters folded in."""
+
+    def merged_stacks(self) -> Iterator[tuple[str, Tensor]]:
+        """Local name of each adapted stack, and base plus update as a new fp32 tensor."""
+        ...
+
+
 @torch.no_grad()
 def merge_factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``W + scaling * B A`` in fp32.
@@ -33,20 +42,22 @@ def merge_factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     Sharded tensors are gathered first: all ranks of their mesh must call.
 
     Args:
-        weight: base, ``(out, in)``, any floating dtype; not changed.
-        a: ``(r, in)``.
-        b: ``(out, r)``.
+        weight: base, ``(out, in)``, or a stack of them, ``(E, out, in)``; any floating dtype; not
+            changed.
+        a: ``(r, in)``, or ``(E, r, in)``.
+        b: ``(out, r)``, or ``(E, out, r)``.
         scaling: factor on the product.
 
     Returns:
-        A new fp32 tensor ``(out, in)`` on the device of the weight.
+        A new fp32 tensor of the weight's shape on its device.
     """
     base, down, up = (_whole(t).float() for t in (weight, a, b))
-    return torch.addmm(base, up, down, alpha=scaling)
+    product = torch.addmm if base.dim() == 2 else torch.baddbmm
+    return product(base, up, down, alpha=scaling)
 
 
 def iter_merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The merged weight of every adapted layer, one at a time.
+    """The merged weight of every adapted layer, and stack of experts, one at a time.
 
     On sharded models this is collective: every rank must run the iterator to its end. One whole
     layer is held at a time, not the model.
@@ -55,12 +66,15 @@ def iter_merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         model: a model with adapters, wrapped or not.
 
     Yields:
-        Pairs (canonical FQN of the weight, fp32 tensor), in the order of the modules.
+        Pairs (canonical FQN of the weight or stack, fp32 tensor), in the order of the modules.
     """
     reshard(model)
     for name, module in canonical_modules(model):
         if isinstance(module, Mergeable):
             yield (f"{name}.weight" if name else "weight"), module.merged_weight()
+        elif isinstance(module, MergeableStacks):
+            for stack, merged in module.merged_stacks():
+                yield (f"{name}.{stack}" if name else stack), merged
 
 
 def _whole(tensor: Tensor) -> Tensor:

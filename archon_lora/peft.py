@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import AppliedLoRA, applied_lora
+from .adapter import applied_lora
 from .config import LoRAConfig
-from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, UnmappedName
-from .linear import LoRALinear
-from .names import canonical_modules
+from .errors import AdapterMismatch, LoRAConfigError, UnmappedName
 from .peft_config import check_fields
 from .peft_keys import PEFT_PREFIX, Factor, parse_peft_key, peft_key
 from .placement import copy_local_, local_slice, reshard
+from .sites import AdapterSite, adapter_sites
+from .stacked import StackedAdapter, TensorReader, check_layout
 from .targets import target_names
 
 __all__ = [
@@ -37,22 +37,6 @@ __all__ = [
 _RANK_DIM: Final[Mapping[Factor, int]] = {"A": 0, "B": 1}
 _FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
 _SHOWN: Final = 8
-
-
-class TensorReader(Protocol):
-    """Where adapter tensors come from; a rank asks only for the part it holds."""
-
-    def keys(self) -> Iterable[str]:
-        """PEFT keys of all tensors."""
-        ...
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        ...
-
-    def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, one slice a dimension."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,13 +79,13 @@ def peft_export(
         NoAdapterError: modules that were adapted are gone.
     """
     record = applied_lora(model)
-    layers = _layers(model, record)
-    names = target_names(layers, record.module_names)
+    sites = adapter_sites(model, record)
+    names = target_names(sites, record.module_names)
     config = record.config.to_peft(base_model_name=base_model_name, target_modules=names)
     # The names above are the ones that matched, so nothing is left to exclude, and the initial
     # values are behind us: engines accept only the default here.
     config |= {"exclude_modules": None, "init_lora_weights": True}
-    widest = max(layer.rank for layer in layers.values())
+    widest = max(site.rank for site in sites.values())
     if normalise:
         config |= {
             "alpha_pattern": {},
@@ -111,19 +95,18 @@ def peft_export(
             "use_rslora": False,
         }
     rules: list[dict[str, Any]] = []
-    for hf, layer in layers.items():
-        padded = normalise and layer.rank < widest
-        for factor, local in zip(_FACTORS, layer.adapter_params(), strict=True):
-            rules.append(
-                {
-                    "source": f"{layer.fqn}.{local}",
-                    "key": peft_key(hf, factor),
-                    "scale": layer.scaling if normalise and factor == "B" else 1.0,
-                    "pad_dim": _RANK_DIM[factor] if padded else None,
-                    "pad_to": widest if padded else None,
-                    "index": None,
-                }
-            )
+    for hf, site in sites.items():
+        padded = normalise and site.rank < widest
+        for factor in _FACTORS:
+            rule = {
+                "source": site.source(factor),
+                "key": peft_key(hf, factor),
+                "scale": site.scaling if normalise and factor == "B" else 1.0,
+                "pad_dim": _RANK_DIM[factor] if padded else None,
+                "pad_to": widest if padded else None,
+                "index": site.index,
+            }
+            rules.append(rule)
     return {"peft_config": config, "rules": rules}
 
 
@@ -181,40 +164,73 @@ def adapter_values(
         AdapterMismatch: the adapter does not fit.
     """
     reshard(model)
-    layers = _layers(model, applied_lora(model))
-    written = _written_config(peft_config)
-    reader = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
-    keys, problems = _match_keys(reader, layers)
-    problems += _misshapen(reader, keys, layers, written)
+    sites = adapter_sites(model, applied_lora(model))
+    parameters, written = _written_config(peft_config)
+    given = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
+    reader = StackedAdapter(given, written, parameters, sites)
+    keys, problems = _match_keys(reader, sites)
+    problems += _misshapen(reader, keys, sites)
     if problems:
         msg = (
-            f"the adapter does not fit the model, which has {len(layers)} adapted modules: "
+            f"the adapter does not fit the model, which has {len(sites)} adapted modules: "
             f"{'; '.join(problems)}; check target_modules and rank"
         )
         raise AdapterMismatch(msg)
-    return [
-        (_parameter(layer, factor), _value(reader, keys[hf, factor], layer, hf, factor, written))
-        for hf, layer in layers.items()
-        for factor in _FACTORS
-    ]
+    values: dict[str, _Value] = {}
+    for hf, site in sites.items():
+        for factor in _FACTORS:
+            value = values.setdefault(site.source(factor), _Value.of(site.parameter(factor)))
+            index = value.inside(site.index)
+            if index is None:
+                continue
+            read = _read(reader, keys[hf, factor], site, factor, reader.rank_for(hf), index)
+            ratio = reader.scaling_for(hf) / site.scaling
+            value.put(site.index, _convert(read, value, keys[hf, factor], factor, ratio))
+    return [(value.parameter, value.part) for value in values.values()]
 
 
-def _layers(model: nn.Module, record: AppliedLoRA) -> dict[str, LoRALinear]:
-    """Adapted layers by HF name, in the order in which they matched."""
-    there = {m.fqn: m for _, m in canonical_modules(model) if isinstance(m, LoRALinear)}
-    gone = [fqn for fqn in record.matched if fqn not in there]
-    if gone:
-        msg = f"modules that apply_lora() adapted are no longer LoRALinear: {_some(gone)}"
-        raise NoAdapterError(msg)
-    return {hf: there[fqn] for fqn, hf in record.matched.items()}
+@dataclass(frozen=True)
+class _Value:
+    """This rank's part of a parameter's new value, while it is put together.
+
+    Attributes:
+        parameter: the live one.
+        index: where the part lies in it.
+        part: the new value; of a stack of experts those that this rank holds.
+    """
+
+    parameter: Tensor
+    index: tuple[slice, ...]
+    part: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Value:
+        index = local_slice(parameter)
+        sizes = [place.stop - place.start for place in index]
+        return cls(parameter, index, torch.empty(sizes, dtype=parameter.dtype))
+
+    def inside(self, expert: int | None) -> tuple[slice, ...] | None:
+        """The part of one matrix that is wanted, or None for an expert of another rank."""
+        if expert is None:
+            return self.index
+        held, *rest = self.index
+        return tuple(rest) if held.start <= expert < held.stop else None
+
+    def put(self, expert: int | None, values: Tensor) -> None:
+        """Take the values of one matrix."""
+        place = self.part if expert is None else self.part[expert - self.index[0].start]
+        place.copy_(values)
 
 
-def _parameter(layer: LoRALinear, factor: Factor) -> Tensor:
-    return layer.lora_a.weight if factor == "A" else layer.lora_b.weight
+def _written_config(peft_config: Mapping[str, Any]) -> tuple[tuple[str, ...], LoRAConfig]:
+    """The file's ``target_parameters``, and its ranks and scalings.
 
-
-def _written_config(peft_config: Mapping[str, Any]) -> LoRAConfig:
-    """The file's ranks and scalings. How its values were first drawn does not matter any more."""
+    How its values were first drawn does not matter any more.
+    """
+    peft_config = dict(peft_config)
+    parameters = tuple(peft_config.pop("target_parameters", None) or ())
+    if parameters:
+        check_layout(parameters, peft_config.get("peft_version"))
     check_fields(peft_config)
     init = peft_config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq")):
@@ -226,11 +242,11 @@ def _written_config(peft_config: Mapping[str, Any]) -> LoRAConfig:
     settings = {**peft_config, "init_lora_weights": True, "lora_dropout": 0.0, "task_type": None}
     # Tensor keys decide what is adapted; which names selected them is no matter here.
     settings |= {"target_modules": "all-linear", "exclude_modules": None}
-    return LoRAConfig.from_peft(settings)
+    return parameters, LoRAConfig.from_peft(settings)
 
 
 def _match_keys(
-    reader: TensorReader, layers: Mapping[str, LoRALinear]
+    reader: TensorReader, sites: Mapping[str, AdapterSite]
 ) -> tuple[dict[tuple[str, Factor], str], list[str]]:
     """The file's key of every factor, and which keys are missing, unexpected or double."""
     keys: dict[tuple[str, Factor], str] = {}
@@ -241,71 +257,70 @@ def _match_keys(
         except UnmappedName:
             unexpected.append(key)
             continue
-        if factor[0] not in layers:
+        if factor[0] not in sites:
             unexpected.append(key)
         elif factor in keys:
             double.append(key)
         else:
             keys[factor] = key
-    missing = [peft_key(hf, f) for hf in layers for f in _FACTORS if (hf, f) not in keys]
+    missing = [peft_key(hf, f) for hf in sites for f in _FACTORS if (hf, f) not in keys]
     found = (("missing", missing), ("unexpected", unexpected), ("given twice", double))
     return keys, [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
 
 
 def _misshapen(
-    reader: TensorReader,
+    reader: StackedAdapter,
     keys: Mapping[tuple[str, Factor], str],
-    layers: Mapping[str, LoRALinear],
-    written: LoRAConfig,
+    sites: Mapping[str, AdapterSite],
 ) -> list[str]:
     """Tensors that have another rank than the file's config says, or do not fit the model."""
     wrong = []
     for (hf, factor), key in keys.items():
-        layer = layers[hf]
-        rank = written.rank_for(hf)
-        wanted = (rank, layer.in_features) if factor == "A" else (layer.out_features, rank)
+        site = sites[hf]
+        rank = reader.rank_for(hf)
+        wanted = (rank, site.in_features) if factor == "A" else (site.out_features, rank)
         shape = reader.shape(key)
         if shape != wanted:
             wrong.append(f"{key}: the file has {shape}, r={rank} and the model want {wanted}")
-        elif rank < layer.rank:
-            wrong.append(f"{key}: the file has rank {rank}, the model {layer.rank}; set rank")
+        elif rank < site.rank:
+            wrong.append(f"{key}: the file has rank {rank}, the model {site.rank}; set rank")
     return [f"{len(wrong)} of the wrong shape: {_some(wrong)}"] if wrong else []
 
 
-def _value(
+def _read(
     reader: TensorReader,
     key: str,
-    layer: LoRALinear,
-    hf: str,
+    site: AdapterSite,
     factor: Factor,
-    written: LoRAConfig,
+    rank: int,
+    index: tuple[slice, ...],
 ) -> Tensor:
-    """This rank's part of a parameter's new value, checked, in the parameter's dtype."""
-    parameter = _parameter(layer, factor)
-    index = local_slice(parameter)
+    """The wanted part of a tensor; what the file has beyond the model's rank must be zero."""
     part = reader.read(key, index)
     if not part.is_floating_point():
         msg = f"{key} must hold floating-point values, got {part.dtype}"
         raise AdapterMismatch(msg)
     surplus = list(index)
-    surplus[_RANK_DIM[factor]] = slice(layer.rank, written.rank_for(hf))
-    padding = reader.read(key, tuple(surplus))
-    if torch.count_nonzero(padding):
+    surplus[_RANK_DIM[factor]] = slice(site.rank, rank)
+    if torch.count_nonzero(reader.read(key, tuple(surplus))):
         msg = (
-            f"{key} has rank {written.rank_for(hf)}, the model {layer.rank}, and the surplus is "
-            "not zero padding; set rank"
+            f"{key} has rank {rank}, the model {site.rank}, and the surplus is not zero padding; "
+            "set rank"
         )
         raise AdapterMismatch(msg)
-    if factor == "B":
-        ratio = written.scaling_for(hf) / layer.scaling
-        if ratio != 1.0:
-            # In fp64, so that undoing a folded scaling adds no rounding of its own.
-            part = part.double() * ratio
-    value = part.to(parameter.dtype)
-    if not torch.isfinite(value).all():
-        msg = f"{key} holds values that are not finite in {parameter.dtype}"
+    return part
+
+
+def _convert(part: Tensor, value: _Value, key: str, factor: Factor, ratio: float) -> Tensor:
+    """Values in the parameter's dtype, B by the ratio of the scalings."""
+    if factor == "B" and ratio != 1.0:
+        # In fp64, so that undoing a folded scaling adds no rounding of its own.
+        part = part.double() * ratio
+    converted = part.to(value.part.dtype)
+    if not torch.isfinite(converted).all():
+        msg = f"{key} holds values that are not finite in {value.part.dtype}"
         raise AdapterMismatch(msg)
-    return value
+    return converted
 
 
 def _some(names: list[str]) -> str:

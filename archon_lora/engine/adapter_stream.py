@@ -65,8 +65,8 @@ class AdapterStream:
             for part in _adapted_parts(engine.model_parts):
                 export = peft_export(part, normalise=normalise, base_model_name=base_model_name)
                 params = get_adapter_params(part)
-                held.update({rule["key"]: params[rule["source"]] for rule in export["rules"]})
-                mine.append({**export, "modules": list(applied_lora(part).matched.values())})
+                held.update({rule["source"]: params[rule["source"]] for rule in export["rules"]})
+                mine.append({**export, "modules": applied_lora(part).target_names()})
         exports = [e for rank in gather_json(group, mine, timeout=timeout) for e in rank]
         rules = {rule["key"]: TensorRule(**rule) for e in exports for rule in e["rules"]}
         if not rules:
@@ -79,7 +79,10 @@ class AdapterStream:
         self.peft_config = _merge_configs(exports)
         self._export = AdapterExport(self.peft_config, tuple(rules.values()))
         self._group: dist.ProcessGroup | None = group
-        self._gather = Gather(held, group, timeout=timeout)
+        names = _arrivals(self._export)
+        self._gather = Gather(
+            {names[source]: tensor for source, tensor in held.items()}, group, timeout=timeout
+        )
         self._dtype = _common_dtype(self._gather.catalogue)
 
     @property
@@ -103,36 +106,55 @@ class AdapterStream:
         self._gather.drain()
 
 
+def _arrivals(export: AdapterExport) -> dict[str, str]:
+    """A name for every source, such that sources arrive in the order in which they are needed.
+
+    A gather goes by the names, and the file by the keys: a source is called after the first key
+    that is made from it. Of stacked experts, many are.
+    """
+    names: dict[str, str] = {}
+    for rule in sorted(export.rules, key=lambda rule: rule.key):
+        names.setdefault(rule.source, rule.key)
+    return names
+
+
 class _Arriving:
-    """A :class:`ckpt.source.TensorSource` over a gather: a "file" is a tensor by its PEFT key."""
+    """A :class:`ckpt.source.TensorSource` over a gather: a "file" is a source by its arrival name.
+
+    A source stays until the last key that is made from it: one tensor at a time, and of stacked
+    experts those of one layer.
+    """
 
     def __init__(self, gather: Gather, export: AdapterExport) -> None:
         self._tensors = iter(gather)
-        self._current: tuple[str, memoryview] = ("", memoryview(b""))
+        self._here: dict[str, memoryview] = {}
+        names = _arrivals(export)
+        self._last: dict[str, str] = {}
+        for rule in sorted(export.rules, key=lambda rule: rule.key):
+            self._last[names[rule.source]] = rule.key
         self.records: Mapping[str, TensorRecord] = {
-            f"{MODEL_PREFIX}{rule.source}": _record(rule, gather.catalogue[rule.key])
-            for rule in export.rules
+            f"{MODEL_PREFIX}{source}": _record(source, name, gather.catalogue[name])
+            for source, name in names.items()
         }
 
     def read(self, file: str, start: int, end: int) -> memoryview:
-        """Bytes of a tensor; tensors must be asked for in the order of their keys."""
-        while self._current[0] != file:
+        """Bytes of a tensor; tensors must first be asked for in the order of their names."""
+        if file not in self._here:
+            self._here = {n: data for n, data in self._here.items() if self._last[n] > file}
             key, tensor = next(self._tensors, (None, None))
-            if key is None or tensor is None:
+            if key != file or tensor is None:
                 msg = f"{file} does not arrive in the order in which it is asked for"
                 raise AdapterMismatch(msg)
-            self._current = (key, tensor_bytes(tensor))
-        return self._current[1][start:end]
+            self._here[file] = tensor_bytes(tensor)
+        return self._here[file][start:end]
 
 
-def _record(rule: TensorRule, whole: Whole) -> TensorRecord:
+def _record(source: str, file: str, whole: Whole) -> TensorRecord:
     size = whole.dtype.itemsize
     for extent in whole.shape:
         size *= extent
-    chunk = Chunk((0,) * len(whole.shape), whole.shape, rule.key, 0, size)
-    return TensorRecord(
-        f"{MODEL_PREFIX}{rule.source}", dtype_code(whole.dtype), whole.shape, (chunk,)
-    )
+    chunk = Chunk((0,) * len(whole.shape), whole.shape, file, 0, size)
+    return TensorRecord(f"{MODEL_PREFIX}{source}", dtype_code(whole.dtype), whole.shape, (chunk,))
 
 
 def _adapted_parts(parts: list[nn.Module]) -> list[nn.Module]:

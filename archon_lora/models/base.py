@@ -117,15 +117,16 @@ class BaseStateDictAdapter(ABC):
         from archon_lora.targets import match_targets, target_names
 
         linear = self._written_out(self.to_peft_module_map())
-        names = [*self._written_out(self._module_map).values(), *self.untargetable()]
+        experts = self.expert_linears()
+        names = [*self._written_out(self._module_map).values(), *experts]
         heads = {linear[self.output_module]} if self.output_module in linear else set()
         chosen = match_targets(
             lora_config,
             names,
-            linear_names=set(linear.values()) | self.refused_linear(),
+            linear_names={*linear.values(), *experts, *self.refused_linear()},
             output_names=heads,
         )
-        wrong = sorted(set(chosen) - set(linear.values()))
+        wrong = sorted(set(chosen) - {*linear.values(), *experts})
         if wrong:
             msg = f"target_modules selects {', '.join(wrong)}, which cannot take an adapter"
             raise TargetError(msg)
@@ -133,8 +134,8 @@ class BaseStateDictAdapter(ABC):
             base_model_name=base_model_name_or_path, target_modules=target_names(chosen, names)
         )
 
-    def untargetable(self) -> list[str]:
-        """HF names under which PEFT may know modules that are none here, as stacked experts."""
+    def expert_linears(self) -> list[str]:
+        """HF names of the linear layers of single experts, which lie stacked here."""
         return []
 
     def refused_linear(self) -> frozenset[str]:

@@ -1,15 +1,23 @@
 """Mixture of experts: a router, and feed-forward blocks stacked in three tensors.
 
-Shape suffixes: N tokens of all rows, D hidden, F feed-forward, X experts, A experts per token.
+Shape suffixes: N tokens of all rows, D hidden, F feed-forward, X experts, A experts per token, R
+rows for experts: every token once for each of its experts, sorted by expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from archon_lora.grouped import grouped_linear, local_stack
+
+Exchange = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Computes experts that lie on several ranks: ``(experts, rows, counts of all experts)``."""
 
 
 class Router(nn.Module):
@@ -37,13 +45,13 @@ class Router(nn.Module):
 class GroupedExperts(nn.Module):
     """Gated feed-forward blocks of all experts; ``w1`` gate, ``w2`` down, ``w3`` up.
 
-    Experts are computed one after another: right everywhere, fast nowhere.
-
     Attributes:
-        hf_projections: what HuggingFace calls the projections of one expert.
+        expert_projections: what HuggingFace calls a stack's projection in one expert, by stack.
     """
 
-    hf_projections: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    expert_projections: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    )
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -53,33 +61,29 @@ class GroupedExperts(nn.Module):
         for weight in (self.w1, self.w2, self.w3):
             nn.init.normal_(weight, std=0.02)
 
-    def untargetable(self, hf_name: str) -> dict[str, str]:
-        """Why an expert's projections take no adapter, by HF name, for ``apply_lora``."""
-        reason = (
-            "experts lie stacked in one tensor, which takes no adapter here; name q_proj, k_proj, "
-            'v_proj and o_proj, or give "all-linear", which leaves experts out'
-        )
-        return {
-            f"{hf_name}.{expert}.{projection}": reason
-            for expert in range(self.w1.shape[0])
-            for projection in self.hf_projections
-        }
+    def forward(self, x_RD: Tensor, counts_X: Tensor) -> Tensor:
+        """Each expert on its rows.
 
-    def forward(self, x_ND: Tensor, weights_NA: Tensor, chosen_NA: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs, (N, D)."""
-        out_ND = torch.zeros_like(x_ND)
-        for expert in range(self.w1.shape[0]):
-            token, slot = torch.where(chosen_NA == expert)
-            x = x_ND[token]
-            inner = functional.silu(functional.linear(x, self.w1[expert]))
-            inner = inner * functional.linear(x, self.w3[expert])
-            y = functional.linear(inner, self.w2[expert]) * weights_NA[token, slot, None]
-            out_ND = out_ND.index_add(0, token, y.to(out_ND.dtype))
-        return out_ND
+        Args:
+            x_RD: rows sorted by expert, (R, D).
+            counts_X: rows of each expert that this rank holds, int64.
+
+        Returns:
+            (R, D).
+        """
+        w1, w2, w3 = (local_stack(weight) for weight in (self.w1, self.w2, self.w3))
+        inner = functional.silu(grouped_linear(x_RD, w1, counts_X))
+        inner = inner * grouped_linear(x_RD, w3, counts_X)
+        return grouped_linear(inner, w2, counts_X)
 
 
 class MoE(nn.Module):
-    """Router and experts in the place of a feed-forward block."""
+    """Router and experts in the place of a feed-forward block.
+
+    Attributes:
+        exchange: sends rows to the ranks that hold their experts and brings the results back; None
+            where every rank holds all experts.
+    """
 
     def __init__(
         self, hidden: int, width: int, *, experts: int, per_token: int, normalise: bool
@@ -87,10 +91,22 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(hidden, experts, per_token, normalise=normalise)
         self.experts = GroupedExperts(experts, hidden, width)
+        self.total = experts
+        self.exchange: Exchange | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights_NA, chosen_NA = self.router(x_ND)
-        out: Tensor = self.experts(x_ND, weights_NA, chosen_NA).view_as(x_BSD)
-        return out
+        chosen_R = chosen_NA.flatten()
+        # Stable, so that a token's place within an expert does not depend on the sort.
+        order_R = chosen_R.argsort(stable=True)
+        token_R = order_R // chosen_NA.shape[1]
+        counts_X = torch.bincount(chosen_R, minlength=self.total)
+        if self.exchange is None:
+            y_RD = self.experts(x_ND[token_R], counts_X)
+        else:
+            y_RD = self.exchange(self.experts, x_ND[token_R], counts_X)
+        y_RD = y_RD * weights_NA.flatten()[order_R, None]
+        out_ND = torch.zeros_like(x_ND).index_add(0, token_R, y_RD.to(x_ND.dtype))
+        return out_ND.view_as(x_BSD)

@@ -168,10 +168,18 @@ def _draw(model: nn.Module) -> None:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS: dict[str, Sequence[str]] = {
-    "qwen3-moe": ATTENTION,
     "qwen3-moe-mixed": ATTENTION,
 }
 """What is adapted where it is not every linear layer."""
+
+_BOTH = ("gate_proj", "up_proj")
+PATTERNS: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {
+        "rank_pattern": dict.fromkeys(_BOTH, 8),
+        "alpha_pattern": dict.fromkeys(_BOTH, 24),
+    }
+}
+"""PEFT with transformers 5 adapts gate and up projections together, with twice the rank."""
 
 
 def fused_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

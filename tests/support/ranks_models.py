@@ -187,7 +187,7 @@ def wake_adapters(model: nn.Module) -> None:
     """Give B values, so that gradients reach A too; each rank fills its own rows."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_b.weight"):
+            if "lora_b" in name:
                 parameter.add_(0.1)
 
 

@@ -350,7 +350,7 @@ def test_models_without_lora_or_with_lost_modules() -> None:
         peft_export(Net())
     net = adapted()
     net.q_proj = nn.Linear(6, 6)
-    with pytest.raises(NoAdapterError, match=r"no longer LoRALinear: q_proj"):
+    with pytest.raises(NoAdapterError, match=r"no longer hold their adapters: q_proj"):
         peft_export(net)
 
 

@@ -60,7 +60,6 @@ def test_a_missing_or_surplus_expert_is_named():
     "name",
     [
         "model.layers.0.mlp.experts.gate_up_proj",
-        "base_model.model.model.layers.0.mlp.experts.0.gate_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight",
     ],
 )
@@ -70,13 +69,20 @@ def test_other_forms_of_experts_and_adapters_on_them_are_named(name):
         adapter.from_hf({name: torch.ones(1)})
 
 
-def test_all_linear_leaves_routers_and_experts_out():
+def test_all_linear_is_attention_and_experts_without_the_router():
     model, adapter = build()
-    matched = apply_lora(model, LoRAConfig(rank=2), name_map=adapter.module_to_hf).matched
+    record = apply_lora(model, LoRAConfig(rank=2), name_map=adapter.module_to_hf)
     wanted = {f"layers.{i}.attention.{m}" for i in (0, 1) for m in ("wq", "wk", "wv", "wo")}
-    assert set(matched) == wanted
+    assert set(record.matched) == wanted
+    stacks = {f"layers.{i}.moe.experts.{w}" for i in (0, 1) for w in ("w1", "w2", "w3")}
+    assert set(record.experts) == stacks
+    assert record.experts["layers.1.moe.experts.w3"] == tuple(
+        f"model.layers.1.mlp.experts.{e}.up_proj" for e in range(3)
+    )
     described = adapter.create_peft_adapter_config(LoRAConfig(rank=2), "base")
-    assert described["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert described["target_modules"] == [
+        *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    ]
 
 
 def test_a_router_is_adapted_if_asked():
@@ -90,10 +96,12 @@ def test_a_router_is_adapted_if_asked():
 @pytest.mark.parametrize(
     ("sizes", "targets", "message"),
     [
-        ({}, ["q_proj", "down_proj"], "experts.0.down_proj and 5 more, but experts lie stacked"),
-        ({}, r".*\.up_proj", "experts.0.up_proj and 5 more, but experts lie stacked"),
         ({"mlp_only_layers": (0, 1)}, "all-linear", "layers.0.mlp.gate_proj and 5 more, but besid"),
-        ({"mlp_only_layers": (0,)}, ["up_proj"], "selects model.layers.0.mlp.up_proj and 3 more"),
+        (
+            {"mlp_only_layers": (0,)},
+            ["up_proj"],
+            "selects model.layers.0.mlp.up_proj, but beside experts PEFT",
+        ),
     ],
 )
 def test_what_takes_no_adapter_is_refused_with_the_reason(sizes, targets, message):
