@@ -293,5 +293,6 @@ def _stage(model: torch.nn.Module, keep: str) -> torch.nn.Module:
         config=record.config,
         matched=type(record.matched)(matched),
         module_names=tuple(matched.values()),
+        hf_names=record.hf_names,
     )
     return model
