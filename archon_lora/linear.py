@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .bases import check_base, dense_weight, take_over
 from .config import LoRAConfig
-from .errors import NoAdapterError
+from .errors import LoRAConfigError, NoAdapterError
 from .factors import LoRAFactor, LoRAPair, LoRAPairs, reset_factors
 from .merge import merge_factors
 from .names import DEFAULT_ADAPTER
@@ -237,6 +237,26 @@ class LoRALinear(nn.Linear):
             return []
         prefix = "" if name == DEFAULT_ADAPTER else f"adapters.{name}."
         return [f"{prefix}lora_a.weight", f"{prefix}lora_b.weight"]
+
+    def split_factors(self) -> list[tuple[str, str]]:
+        """Names of A and B of every adapter, for a style that splits the layer over ranks.
+
+        Raises:
+            LoRAConfigError: an adapter has dropout.
+        """
+        pairs = []
+        for name in self.adapter_names():
+            rate = self.adapter_of(name).dropout.p
+            if rate:
+                msg = (
+                    f"{self.fqn or 'this layer'}: dropout={rate:g} with tensor parallelism: ranks "
+                    "that share a layer would draw different masks for the same input, and their "
+                    "copies of A would drift apart; set lora.dropout to 0"
+                )
+                raise LoRAConfigError(msg)
+            a, b = self.params_of(name)
+            pairs.append((a, b))
+        return pairs
 
     def adapter_of(self, name: str) -> LoRALinear | LoRAPair:
         """What holds one adapter's ``lora_a``, ``lora_b``, ``rank``, ``alpha`` and ``scaling``.

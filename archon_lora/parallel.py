@@ -7,12 +7,48 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from .errors import LoRAConfigError
+from .errors import LoRAConfigError, TargetError
 from .linear import LoRALinear
+from .tensor_parallel import ColumnParallel, RowParallel
 
 ShardPlacementFn = Callable[[nn.Parameter], Shard | None]
+
+
+class LoRAColwiseParallel(ColumnParallel):
+    """For ``parallelize_module``: an adapted layer whose outputs are split over the mesh.
+
+    The base's weight and bias and B are split on dimension 0, A is whole on every rank, and its
+    gradient is summed over the mesh in backward. torch's own ``ColwiseParallel`` fails on such a
+    layer. For arguments see :class:`archon_lora.tensor_parallel.ColumnParallel`.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return super()._apply(_adapted(module), device_mesh)
+
+
+class LoRARowwiseParallel(RowParallel):
+    """For ``parallelize_module``: an adapted layer whose inputs are split over the mesh.
+
+    The base's weight and A are split on dimension 1, B and the bias are whole. The adapter's
+    partial sums join the base's before the one reduction. For arguments see
+    :class:`archon_lora.tensor_parallel.RowParallel`.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return super()._apply(_adapted(module), device_mesh)
+
+
+def _adapted(module: nn.Module) -> LoRALinear:
+    if not isinstance(module, LoRALinear):
+        msg = (
+            f"the style is for LoRALinear, got {type(module).__name__}: call apply_lora() before "
+            "parallelize_module(), and use torch's styles for layers without an adapter"
+        )
+        raise TargetError(msg)
+    return module
 
 
 def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> ShardPlacementFn:
@@ -27,7 +63,8 @@ def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> S
         model: a model with adapters, before it is sharded; the function may be passed to every
             ``fully_shard`` call on its parts.
         shards: ranks that one parameter is split over; by default the size of the default
-            process group, a multiple of the shard dimension of any mesh in it.
+            process group, a multiple of the shard dimension of any mesh in it. Of a layer that
+            tensor parallelism has split, what counts is this rank's part.
 
     Returns:
         The function.
@@ -43,9 +80,13 @@ def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> S
     # By identity, without keeping the whole tensors alive once FSDP2 has replaced them.
     split_on_input: dict[int, weakref.ref[nn.Parameter]] = {}
     for module in model.modules():
-        if isinstance(module, LoRALinear) and module.lora_a.weight.shape[1] % shards == 0:
-            weight = module.lora_a.get_parameter("weight")
-            split_on_input[id(weight)] = weakref.ref(weight)
+        if not isinstance(module, LoRALinear):
+            continue
+        for name in module.adapter_names():
+            weight = module.adapter_of(name).lora_a.get_parameter("weight")
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if local.shape[1] % shards == 0:
+                split_on_input[id(weight)] = weakref.ref(weight)
 
     def place(parameter: nn.Parameter) -> Shard | None:
         known = split_on_input.get(id(parameter))

@@ -6,6 +6,7 @@ F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -113,6 +114,10 @@ class Decoder(nn.Module):
 
     Attributes:
         block_cls: the family's block.
+        tied_head: what maps normed hidden states and the embedding's weight to logits in a tied
+            model; tensor parallelism puts its own in.
+        sequence_multiple: sequences are padded on the right, inside, to a multiple of this:
+            above 1 where activations are sharded by position.
     """
 
     block_cls: ClassVar[type[TransformerBlock]] = TransformerBlock
@@ -121,6 +126,8 @@ class Decoder(nn.Module):
         super().__init__()
         traits = config.traits()
         self.config = config
+        self.tied_head: Callable[[Tensor, Tensor], Tensor] = functional.linear
+        self.sequence_multiple = 1
         self.embedding_scale = config.hidden_size**0.5 if traits.scale_embedding else None
         self.logit_softcap = traits.logit_softcap
         self.windows = [traits.window(i) for i in range(config.num_hidden_layers)]
@@ -176,6 +183,9 @@ class Decoder(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             msg = "a KVCache is for generation: call the model under torch.no_grad()"
             raise ValueError(msg)
+        if cache is not None and self.sequence_multiple > 1:
+            msg = "a KVCache does not go with sequence parallelism, which pads the new tokens"
+            raise ValueError(msg)
         seq = tokens.shape[1]
         if attention_mask is not None and attention_mask.shape != (tokens.shape[0], past + seq):
             msg = (
@@ -185,6 +195,11 @@ class Decoder(nn.Module):
             raise ValueError(msg)
         if positions is None:
             positions = default_positions(tokens, attention_mask, past)
+        extra = -seq % self.sequence_multiple
+        if extra:
+            # Nothing looks at what comes after it, and the logits there are cut off.
+            tokens, positions = _pad(tokens, extra), _pad(positions, extra)
+            attention_mask = None if attention_mask is None else _pad(attention_mask, extra)
         masks = {
             window: visibility(tokens, attention_mask, past, window)
             for window in dict.fromkeys(self.windows)
@@ -202,17 +217,23 @@ class Decoder(nn.Module):
         h_BSD = self.norm(h_BSD)
         if cache is not None:
             cache.advance(seq)
-        return self._logits(h_BSD)
+        logits = self._logits(h_BSD)
+        # FSDP2 wants no view of what it is handed.
+        return logits[:, :seq].contiguous() if extra else logits
 
     def _logits(self, h_BSD: Tensor) -> Tensor:
         """(B, S, V) logits of normed hidden states."""
         if self.output is None:
-            logits = functional.linear(h_BSD, self.tok_embeddings.weight)
+            logits = self.tied_head(h_BSD, self.tok_embeddings.weight)
         else:
             logits = self.output(h_BSD)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
+
+
+def _pad(x_BS: Tensor, extra: int) -> Tensor:
+    return functional.pad(x_BS, (0, extra))
 
 
 def _norm(config: DecoderConfig) -> RMSNorm:

@@ -1,4 +1,4 @@
-"""Recomputation, compilation and FSDP2 sharding of a decoder of any family."""
+"""Tensor parallelism, recomputation, compilation and FSDP2 of a decoder of any family."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .decoder import Decoder, TransformerBlock
+from .parallel_dims import ParallelMesh, mesh_of
 
 
 def parallelize(
     model: Decoder,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | ParallelMesh,
     *,
     activation_checkpointing: bool = False,
     compile: bool = False,
@@ -27,7 +28,8 @@ def parallelize(
 
     Args:
         model: the model, not yet sharded.
-        mesh: one dimension to shard over, or two: replicate over the first, shard over the second.
+        mesh: a layout (see :func:`archon_lora.models.parallel_dims.build_mesh`); or a mesh of one
+            dimension to shard over, or of two: replicate over the first, shard over the second.
         activation_checkpointing: compute each block's activations again in backward.
         compile: compile each block.
         compile_backend: of ``torch.compile``.
@@ -41,7 +43,10 @@ def parallelize(
 
     Raises:
         ValueError: a block is wrapped already; wrapped, it would be left out or named otherwise.
+        ParallelConfigError: the layout does not fit the model.
+        LoRAConfigError: the layout does not fit the adapter.
     """
+    layout = mesh if isinstance(mesh, ParallelMesh) else mesh_of(mesh)
     blocks = []
     for name, block in model.layers.items():
         if not isinstance(block, TransformerBlock):
@@ -51,6 +56,10 @@ def parallelize(
             )
             raise ValueError(msg)  # noqa: TRY004 - the class is the sign of a wrong order of calls
         blocks.append(block)
+    if layout.tp is not None:
+        from .tensor_plan import split_tensors
+
+        split_tensors(model, layout.tp, sequence_parallel=layout.dims.sequence_parallel)
     for block in blocks:
         block.recompute = activation_checkpointing
         if compile:
@@ -62,17 +71,21 @@ def parallelize(
         # Here and not above: a model without LoRA imports none of its code.
         from archon_lora.parallel import adapter_shard_placement
 
-        place = adapter_shard_placement(model, shards=mesh.size(mesh.ndim - 1))
+        place = adapter_shard_placement(model, shards=layout.dims.dp_shard)
     for block in blocks:
         fully_shard(
             block,
-            mesh=mesh,
+            mesh=layout.fsdp,
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=place,
         )
     # The root holds embedding and head: used last in forward and first in backward.
     fully_shard(
-        model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, shard_placement_fn=place
+        model,
+        mesh=layout.fsdp,
+        mp_policy=policy,
+        reshard_after_forward=False,
+        shard_placement_fn=place,
     )
     return model
