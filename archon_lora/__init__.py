@@ -48,7 +48,11 @@ if TYPE_CHECKING:
         set_active,
     )
     from .names import canonical_fqn
-    from .parallel import adapter_shard_placement
+    from .parallel import (
+        LoRAColwiseParallel,
+        LoRARowwiseParallel,
+        adapter_shard_placement,
+    )
     from .peft import load_adapter_tensors, peft_export
 
 _HOMES = {
@@ -59,11 +63,13 @@ _HOMES = {
     "AppliedLoRA": "adapter",
     "ArchonLoraError": "errors",
     "EngineNotReady": "errors",
+    "LoRAColwiseParallel": "parallel",
     "LoRAConfig": "config",
     "LoRAConfigError": "errors",
     "LoRAGroupedExperts": "experts",
     "LoRALinear": "linear",
     "LoRANotEnabled": "errors",
+    "LoRARowwiseParallel": "parallel",
     "MergeError": "errors",
     "ModelLoadError": "errors",
     "NoAdapterError": "errors",
@@ -98,11 +104,13 @@ __all__ = [
     "AppliedLoRA",
     "ArchonLoraError",
     "EngineNotReady",
+    "LoRAColwiseParallel",
     "LoRAConfig",
     "LoRAConfigError",
     "LoRAGroupedExperts",
     "LoRALinear",
     "LoRANotEnabled",
+    "LoRARowwiseParallel",
     "MergeError",
     "ModelLoadError",
     "NoAdapterError",

@@ -4,9 +4,6 @@ Parameters become DTensors and stay parameters: checkpoints see where each shard
 reduces their gradients. A module then computes on its own shards, as plain tensors; every step from
 one layout of a tensor to another, forward and backward, is a DTensor's. The gradient of a factor
 that all ranks have whole is a sum over ranks in the backward pass, and DTensor takes that sum too.
-
-Layouts: *whole* is ``Replicate()``; *by sequence* is ``Shard(1)`` of ``(B, S, D)``; *by feature*
-is ``Shard(-1)``.
 """
 
 from __future__ import annotations
@@ -20,16 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor import distribute_tensor as _distribute
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional
 
 from .errors import ParallelConfigError
+from .layouts import (
+    BY_FEATURE,
+    WHOLE,
+    distribute_parameters,
+    gather_features,
+    owner_of,
+    relayout,
+)
 from .placement import local_slice
-
-WHOLE = Replicate()
-BY_SEQUENCE = Shard(1)
-BY_FEATURE = Shard(-1)
 
 
 @runtime_checkable
@@ -53,94 +53,13 @@ class _Part:
     grad: Placement
 
 
-def relayout(
-    x: Tensor,
-    mesh: DeviceMesh,
-    source: Placement,
-    target: Placement,
-    *,
-    grad: Placement | None = None,
-    size: int | None = None,
-) -> Tensor:
-    """Bring a plain tensor from one layout over a mesh dimension to another; differentiable.
-
-    Args:
-        x: this rank's part under ``source``.
-        mesh: one dimension.
-        source: the layout that ``x`` has; its gradient gets it too (whole for partial sums).
-        target: the layout wanted.
-        grad: the layout that the gradient of the result will have; by default ``target``.
-        size: length of the whole in the last dimension, where ``source`` splits that unevenly.
-
-    Returns:
-        This rank's part under ``target``.
-    """
-    source, target, grad = (_positive(p, x.ndim) for p in (source, target, grad or target))
-    options: dict[str, Any] = {}
-    if size is not None:
-        shape = torch.Size((*x.shape[:-1], size))
-        options = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
-    whole = DTensor.from_local(x, mesh, [source], run_check=False, **options)
-    return whole.redistribute(placements=[target]).to_local(grad_placements=[grad])
-
-
-class _NoView(torch.autograd.Function):
-    """The identity, whose result does not pass for a view.
-
-    DTensor hands out views of tensors that nobody else sees. FSDP2 warns of a view that leaves its
-    module, since a change in place would lose its hook; a copy of all logits would be dear.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def gather_features(x: Tensor, mesh: DeviceMesh, size: int) -> Tensor:
-    """The whole last dimension of a tensor that is split in it.
-
-    Args:
-        x: this rank's part.
-        mesh: one dimension.
-        size: length of the whole.
-    """
-    whole = relayout(x, mesh, BY_FEATURE, WHOLE, size=size)
-    own: Tensor = _NoView.apply(whole)  # type: ignore[no-untyped-call]  # torch's
-    return own
-
-
-def distribute_parameters(
-    module: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placement]
-) -> None:
-    """Turn parameters into DTensors, in place; each rank keeps its part of its own values.
-
-    Args:
-        module: holds the parameters, itself or in submodules.
-        mesh: one dimension.
-        placements: by local name.
-    """
-    for name, placement in placements.items():
-        owner, local = _owner(module, name)
-        old = owner.get_parameter(local)
-        if isinstance(old, DTensor):
-            msg = f"{name} of a {type(module).__name__} is sharded already; styles come first"
-            raise ParallelConfigError(msg)
-        # No source rank: all ranks have the same values, or none yet.
-        split = _distribute(old.detach(), mesh, [placement], src_data_rank=None)
-        owner.register_parameter(local, nn.Parameter(split, requires_grad=old.requires_grad))
-
-
 class _LocalForward:
     """A module's forward on this rank's shards: what stands in the place of its ``forward``."""
 
     def __init__(self, style: LocalStyle, module: nn.Module, parts: Mapping[str, _Part]) -> None:
         self.style = style
         self.module = module
-        self.grads = [(*_owner(module, name), part.grad) for name, part in parts.items()]
+        self.grads = [(*owner_of(module, name), part.grad) for name, part in parts.items()]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module, style = self.module, self.style
@@ -419,14 +338,3 @@ def _base(module: nn.Module, *, weight: Placement, bias: Placement) -> dict[str,
 def _factors(module: nn.Module) -> list[tuple[str, str]]:
     """Names of A and B of the adapters of a module, if it has any that can be split."""
     return module.split_factors() if isinstance(module, SplitsFactors) else []
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, local = name.rpartition(".")
-    return module.get_submodule(path), local
-
-
-def _positive(placement: Placement, ndim: int) -> Placement:
-    if isinstance(placement, Shard) and placement.dim < 0:
-        return Shard(placement.dim + ndim)
-    return placement

@@ -46,7 +46,6 @@ def parallelize(
         ParallelConfigError: the layout does not fit the model.
         LoRAConfigError: the layout does not fit the adapter.
     """
-    layout = mesh if isinstance(mesh, ParallelMesh) else mesh_of(mesh)
     blocks = []
     for name, block in model.layers.items():
         if not isinstance(block, TransformerBlock):
@@ -56,6 +55,7 @@ def parallelize(
             )
             raise ValueError(msg)  # noqa: TRY004 - the class is the sign of a wrong order of calls
         blocks.append(block)
+    layout = mesh if isinstance(mesh, ParallelMesh) else mesh_of(mesh)
     if layout.tp is not None:
         from .tensor_plan import split_tensors
 

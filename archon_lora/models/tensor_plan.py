@@ -18,17 +18,14 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional
 
 from archon_lora.errors import ParallelConfigError
+from archon_lora.layouts import BY_SEQUENCE, WHOLE, gather_features, relayout
 from archon_lora.tensor_parallel import (
-    BY_SEQUENCE,
-    WHOLE,
     ColumnParallel,
     Entered,
     Gathered,
     RowParallel,
     VocabularyParallel,
     Whole,
-    gather_features,
-    relayout,
 )
 
 from .decoder import Decoder
