@@ -8,7 +8,7 @@ file's scaling differs from the live one goes into B, padding of the rank is tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,6 +92,7 @@ def fit(
     *,
     keymap: KeyMap | None = None,
     rescale: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> list[Match]:
     """Pair every PEFT tensor with the live tensor it goes to.
 
@@ -102,6 +103,7 @@ def fit(
         keymap: renames the file's keys before they are compared.
         rescale: take an adapter whose scaling is neither the live one nor the one that an export
             of the live state has, and fold the difference into B.
+        elsewhere: names of live tensors that only other ranks hold; theirs are not paired here.
 
     Raises:
         ConfigError: the configuration or the export cannot work, or it is no plain LoRA.
@@ -125,6 +127,8 @@ def fit(
     wrong: list[str] = []
     scales = {rule.key: rule.scale for rule in export.rules}
     for key in sorted(rules.keys() & named.keys()):
+        if rules[key].source in elsewhere:
+            continue
         found = _match(file, named[key], rules[key], shapes, export, scales, rescale=rescale)
         if isinstance(found, str):
             wrong.append(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from .errors import CkptError, PlanError
 from .layout import check_step
@@ -27,8 +27,18 @@ class Asked:
     parts: frozenset[Part]
 
 
+PARTED: Final = "model as a list of stages"
+"""What ranks must also agree on, in the words of the message that says so."""
+
+
 def ask(
-    board: Board, topic: str, step: int | None, *, strict: bool, parts: Collection[str] | None
+    board: Board,
+    topic: str,
+    step: int | None,
+    *,
+    strict: bool,
+    parts: Collection[str] | None,
+    parted: bool,
 ) -> Asked:
     """Check the arguments and tell rank 0 what this rank wants.
 
@@ -42,7 +52,8 @@ def ask(
     except CkptError as error:
         refuse(board, topic, error)
         raise
-    board.answer(f"{topic}/asked", {"step": step, "strict": strict, "parts": sorted(asked.parts)})
+    said = {"step": step, "strict": strict, "parts": sorted(asked.parts), PARTED: parted}
+    board.answer(f"{topic}/asked", said)
     return asked
 
 

@@ -85,6 +85,11 @@ def plan_topic(seq: int) -> str:
     return f"plan/{seq}"
 
 
+def look_topic(seq: int) -> str:
+    """Topic on which ranks of a parted state say whether their layout is as it was."""
+    return f"look/{seq}"
+
+
 def subject(
     state: TrainState, *, resumable: bool, publish: bool
 ) -> tuple[AdapterExport | None, LiveTensors, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from .errors import BaseMismatch, DamagedError, StateError
 from .layout import MANIFEST, STATE
 from .manifest import StepManifest
 from .optim import state_target
+from .stages import held_by_nobody
 from .state import decode_state
 from .state_form import check_form
 from .state_parts import ALL_PARTS, Part
@@ -28,7 +29,10 @@ _SHOWN = 5
 
 @dataclass(slots=True)
 class Staged:
-    """A verified step, ready to be copied into place."""
+    """A verified step, ready to be copied into place.
+
+    ``elsewhere`` names what a parted state does not hold on this rank: other ranks may.
+    """
 
     manifest: StepManifest
     values: dict[str, torch.Tensor]
@@ -38,6 +42,7 @@ class Staged:
     ranks: Sequence[Mapping[str, Any]]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
 
 def read_state(
@@ -113,7 +118,8 @@ def match(
     targets = {name: tensor for name, tensor in model.items() if name in records}
     _check_alike(targets, records)
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
-    if Part.OPTIMIZER in parts and state.optimizer is not None and shared["optimizer"] is not None:
+    holds = state.optimizers or state.parted
+    if Part.OPTIMIZER in parts and holds and shared["optimizer"] is not None:
         saved = shared["optimizer"]
         grouped = {name for group in saved["groups"] for name in group["params"]}
         # Optimizers are often built over all parameters. The frozen ones among them have no state
@@ -138,7 +144,7 @@ def match(
                     msg = f"step {manifest.step}: {STATE} names {name}, which no shard holds"
                     raise DamagedError(msg)
                 target = state_target(
-                    state.optimizer,
+                    live.owners[fqn],
                     live.optimizer_params,
                     fqn,
                     key,
@@ -148,15 +154,45 @@ def match(
                 optimizer.setdefault(fqn, {})[key] = target
                 targets[name] = target
     sections = state.problems(shared, ranks, parts)
+    elsewhere: list[str] = []
+    if state.parted:
+        elsewhere, extra = extra, []
     if strict and (missing or extra or sections):
-        raise StateError(_difference(manifest, missing, extra, sections))
+        raise StateError(_difference(manifest.step, missing, extra, sections))
     for problem in (*missing, *extra, *sections):
         logger.warning(
             "restore of step %d: %s does not match; left as it is", manifest.step, problem
         )
     return Staged(
-        manifest, {}, targets, optimizer, shared, ranks, (*missing, *sections), tuple(extra)
+        manifest,
+        {},
+        targets,
+        optimizer,
+        shared,
+        ranks,
+        (*missing, *sections),
+        tuple(extra),
+        tuple(elsewhere),
     )
+
+
+def check_union(step: int, lacking: Sequence[Sequence[str]], *, strict: bool) -> list[str]:
+    """Stored names that no rank of a parted state holds.
+
+    Args:
+        step: the step's number.
+        lacking: ``Staged.elsewhere`` of every rank; empty where the state is not parted.
+        strict: refuse such names.
+
+    Raises:
+        StateError: there are some (if ``strict``); lists them.
+    """
+    extra = held_by_nobody(lacking)
+    if extra and strict:
+        raise StateError(_difference(step, [], extra, []))
+    for problem in extra:
+        logger.warning("restore of step %d: no rank holds %s; left out", step, problem)
+    return extra
 
 
 def _check_alike(targets: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord]) -> None:
@@ -175,9 +211,7 @@ def _check_alike(targets: Mapping[str, torch.Tensor], records: Mapping[str, Tens
         raise StateError(msg)
 
 
-def _difference(
-    manifest: StepManifest, missing: list[str], extra: list[str], sections: list[str]
-) -> str:
+def _difference(step: int, missing: list[str], extra: list[str], sections: list[str]) -> str:
     parts = []
     if missing:
         parts.append(f"the checkpoint lacks {_some(missing)}")
@@ -185,7 +219,7 @@ def _difference(
         parts.append(f"the live state lacks {_some(extra)}")
     parts += sections
     return (
-        f"step {manifest.step} does not fit the live state: {'; '.join(parts)}. Nothing was "
+        f"step {step} does not fit the live state: {'; '.join(parts)}. Nothing was "
         "changed; build the same state, pass strict=False to restore what fits, or parts=... to "
         "restore some parts only"
     )

@@ -8,8 +8,6 @@ save neither plans nor talks to another rank.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,16 +31,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.tensor import DTensor
 
 from .coverage import tiling_problem
 from .dtypes import TORCH_DTYPES, dtype_code
 from .errors import PlanError
 from .shard import ShardLayout, ShardTensor
 from .types import Chunk, TensorRecord
-
-PLAN_FORMAT = 1
-"""Part of every fingerprint: a layout of another format version is another layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ class Layout:
     """The result of planning, as one rank needs it.
 
     Attributes:
-        fingerprint: of all that the plan depends on.
+        fingerprint: of all that the plan depends on, on all ranks.
         held: the pieces this rank holds.
         mine: those of them that it writes.
         shard: byte layout of this rank's file, or None if it writes none.
@@ -96,6 +90,7 @@ class Layout:
         mesh: the device meshes in use, for the manifest; None for plain tensors.
         copies: replicas that lie in files beside what the manifest names, because a node with a
             tier of its own needs them there; known on rank 0 only.
+        parted: whether ranks hold different parts of the model.
     """
 
     fingerprint: str
@@ -106,6 +101,7 @@ class Layout:
     records: tuple[TensorRecord, ...]
     mesh: dict[str, Any] | None
     copies: tuple[TensorRecord, ...] = ()
+    parted: bool = False
 
 
 def local_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
@@ -145,32 +141,6 @@ def local_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
     return pieces
 
 
-def fingerprint(tensors: Mapping[str, torch.Tensor], world: int) -> str:
-    """SHA-256 over names, shapes, dtypes, meshes and placements; equal on all ranks."""
-    entries = []
-    for name, tensor in tensors.items():
-        place: list[Any] = []
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            place = [list(mesh.shape), mesh.mesh_dim_names, [str(p) for p in tensor.placements]]
-        entries.append([name, str(tensor.dtype), list(tensor.shape), place])
-    text = json.dumps([PLAN_FORMAT, world, entries], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def mesh_json(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The device meshes of the tensors: their shapes and dimension names."""
-    meshes: list[dict[str, Any]] = []
-    for tensor in tensors.values():
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            names = None if mesh.mesh_dim_names is None else list(mesh.mesh_dim_names)
-            entry = {"shape": list(mesh.shape), "dim_names": names}
-            if entry not in meshes:
-                meshes.append(entry)
-    return {"meshes": meshes} if meshes else None
-
-
 def difference(first: Sequence[Piece], other: Sequence[Piece], rank: int) -> str | None:
     """The first way in which a rank's state is not rank 0's, or None.
 
@@ -185,30 +155,63 @@ def difference(first: Sequence[Piece], other: Sequence[Piece], rank: int) -> str
         a, b = mine.get(name), theirs.get(name)
         if a is None or b is None:
             has, lacks = (rank, 0) if a is None else (0, rank)
-            return f"{name}: rank {has} has it, rank {lacks} does not"
-        for what in ("shape", "dtype", "sharded"):
-            x, y = getattr(a, what), getattr(b, what)
-            if x != y:
-                return f"{name}: {what} is {x} on rank 0 and {y} on rank {rank}"
+            return (
+                f"{name}: rank {has} has it, rank {lacks} does not (stages of a pipeline are "
+                "given as a list, TrainState(model=[stage]))"
+            )
+        found = _unlike(a, b, 0, rank)
+        if found:
+            return found
     return None
 
 
-def assign(pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+def _unlike(a: Piece, b: Piece, rank_a: int, rank_b: int) -> str | None:
+    """How two ranks' pieces cannot be of one tensor, or None."""
+    for what in ("shape", "dtype", "sharded"):
+        x, y = getattr(a, what), getattr(b, what)
+        if x != y:
+            return f"{a.name}: {what} is {x} on rank {rank_a} and {y} on rank {rank_b}"
+    return None
+
+
+def every_tensor(pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
+    """One piece of each tensor of any rank.
+
+    Args:
+        pieces: what every rank holds, by rank.
+
+    Raises:
+        PlanError: ranks disagree about a tensor.
+    """
+    first: dict[str, tuple[Piece, int]] = {}
+    for rank, held in enumerate(pieces):
+        for piece in held:
+            known, by = first.setdefault(piece.name, (piece, rank))
+            found = _unlike(known, piece, by, rank)
+            if found:
+                msg = f"ranks disagree about what is saved: {found}"
+                raise PlanError(msg)
+    return [piece for piece, _rank in first.values()]
+
+
+def assign(pieces: Sequence[Sequence[Piece]], *, parted: bool = False) -> list[list[Piece]]:
     """Decide which rank writes which pieces, each element exactly once.
 
     Replicas go to the rank with the least to write so far (DCP's rule).
 
     Args:
         pieces: what every rank holds, by rank.
+        parted: ranks may hold different tensors.
 
     Raises:
         PlanError: ranks disagree, or the pieces do not cover a tensor exactly once.
     """
-    for rank, other in enumerate(pieces):
+    for rank, other in enumerate(() if parted else pieces):
         found = difference(pieces[0], other, rank)
         if found:
             msg = f"ranks disagree about what is saved: {found}"
             raise PlanError(msg)
+    everything = every_tensor(pieces)
     plans = [SavePlan([_write_item(piece) for piece in held if not piece.empty]) for held in pieces]
     kept = dedup_save_plans(plans)
     assigned = []
@@ -219,7 +222,7 @@ def assign(pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     for mine in assigned:
         for piece in mine:
             boxes.setdefault(piece.name, []).append((piece.offsets, piece.sizes))
-    for piece in pieces[0]:
+    for piece in everything:
         problem = tiling_problem(piece.shape, boxes.get(piece.name, []))
         if problem:
             msg = f"{piece.name}: {problem}; its placement over the ranks is not understood"
@@ -280,7 +283,7 @@ def tensor_records(
     """The manifest's tensors, sorted by name; ``Chunk.file`` is the writing rank's number.
 
     Args:
-        everything: one rank's pieces (they name every tensor, also one without elements).
+        everything: a piece of every tensor (they name all, also those without elements).
         assigned: the pieces that become chunks, by rank; :func:`assign` gives them.
         stored: all that lies in each rank's file, if that is more.
     """

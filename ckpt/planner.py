@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ import torch
 
 from .arena import Arena
 from .commit import Parent, claim_epoch
-from .errors import CkptError, PlanError
-from .job import plan_topic, save_topic
+from .errors import CkptError, PlanError, StateError
+from .fingerprint import fingerprint, joint_fingerprint, joint_mesh, mesh_json
+from .job import look_topic, plan_topic, save_topic
 from .plan import (
     Layout,
     Piece,
     assign,
+    every_tensor,
     extra_records,
-    fingerprint,
     local_pieces,
-    mesh_json,
     shard_layout,
     tensor_records,
     with_copies,
@@ -29,6 +29,7 @@ from .plan import (
 from .restore import RestoreReport
 from .storage import Storage
 from .tier_group import TierGroup
+from .train_state import NOTHING_TRAINS
 from .types import TensorRecord
 from .vote import Board, RemoteFailure
 
@@ -39,6 +40,7 @@ class CachedLayout:
 
     Attributes:
         layout: who writes what.
+        print_: fingerprint of this rank's tensors.
         arena: this rank's slots.
         names: checkpoint names, in the order of ``tensors``.
         tensors: the live tensors; while they are the same objects, so is the layout.
@@ -46,6 +48,7 @@ class CachedLayout:
     """
 
     layout: Layout
+    print_: str
     arena: Arena
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
@@ -98,21 +101,41 @@ class Planner:
         self._cache.clear()
 
     def layout(
-        self, seq: int, step: int | None, tensors: dict[str, torch.Tensor], *, resumable: bool
+        self,
+        seq: int,
+        step: int | None,
+        tensors: dict[str, torch.Tensor],
+        *,
+        resumable: bool,
+        parted: bool,
     ) -> tuple[CachedLayout, bool, int]:
-        """The cached layout, or a new one that all ranks agree on."""
+        """The cached layout, or a new one that all ranks agree on.
+
+        Args:
+            seq: number of the save.
+            step: its step, or None.
+            tensors: this rank's.
+            resumable: whether optimizer state is among them.
+            parted: whether other ranks may hold other tensors.
+        """
         kind = _kind(resumable=resumable)
         cached = self._cache.get(kind)
+        print_: str | None = None
         if cached is not None and self._epoch is not None:
             same = cached.names == tuple(tensors) and all(
                 map(operator.is_, cached.tensors, tensors.values())
             )
+            if not same:
+                print_ = fingerprint(tensors, self._board.world)
+                same = print_ == cached.print_
+            if parted:
+                same = self._same_everywhere(seq, same=same)
             if same:
-                return cached, False, self._epoch
-            if fingerprint(tensors, self._board.world) == cached.layout.fingerprint:
                 cached.names, cached.tensors = tuple(tensors), tuple(tensors.values())
                 return cached, False, self._epoch
-        layout, epoch = self._plan(seq, step, kind, tensors)
+        if print_ is None:
+            print_ = fingerprint(tensors, self._board.world)
+        layout, epoch = self._plan(seq, step, kind, tensors, print_, parted=parted)
         on_cuda = any(tensor.is_cuda for tensor in tensors.values())
         if cached is not None and cached.layout.mine == layout.mine:
             arena = cached.arena  # the same bytes in the same places: keep the memory
@@ -120,6 +143,7 @@ class Planner:
             arena = Arena(layout.shard, layout.mine, pinned=on_cuda)
         fresh = CachedLayout(
             layout,
+            print_,
             arena,
             tuple(tensors),
             tuple(tensors.values()),
@@ -129,39 +153,86 @@ class Planner:
         self._epoch = epoch
         return fresh, True, epoch
 
+    def _same_everywhere(self, seq: int, *, same: bool) -> bool:
+        """Whether the layout is as it was on every rank; costs one round trip to the ranks' store.
+
+        Ranks with the same names see a change all at once. A stage need not: optimizer state, for
+        example, comes into being where something trains.
+        """
+        board, topic = self._board, look_topic(seq)
+        board.answer(topic, same)
+        if board.rank == 0:
+            try:
+                same = all(board.gather(topic, contrary=plan_topic(seq)))
+            except (CkptError, RemoteFailure) as error:
+                failure = board.abort(topic, error)
+                board.abort(plan_topic(seq), error)
+                board.abort(save_topic(seq), error)
+                if isinstance(error, RemoteFailure):
+                    raise failure.rebuild() from None
+                raise
+            board.decide(topic, same)
+            return same
+        verdict = board.verdict(topic)
+        if verdict.failure is not None:
+            raise verdict.failure.rebuild()
+        return bool(verdict.value)
+
     def _plan(
-        self, seq: int, step: int | None, kind: str, tensors: dict[str, torch.Tensor]
+        self,
+        seq: int,
+        step: int | None,
+        kind: str,
+        tensors: dict[str, torch.Tensor],
+        print_: str,
+        *,
+        parted: bool,
     ) -> tuple[Layout, int]:
         """Agree with the other ranks about the layout, and about who writes to this root."""
-        board, world = self._board, self._board.world
+        board = self._board
         topic = plan_topic(seq)
         held = local_pieces(tensors)
-        print_ = fingerprint(tensors, world)
+        mine_said = {"step": step, "kind": kind, "parted": parted}
         board.mark(topic)
         board.answer(
             topic,
-            {"step": step, "kind": kind, "pieces": [piece.to_json() for piece in held]},
+            {
+                **mine_said,
+                "pieces": [piece.to_json() for piece in held],
+                "fingerprint": print_,
+                "mesh": mesh_json(tensors),
+            },
         )
         records: tuple[TensorRecord, ...] = ()
         copies: tuple[TensorRecord, ...] = ()
+        mesh: dict[str, Any] | None = None
         if board.rank == 0:
             try:
-                pieces = self._gather(topic, seq, step, kind)
-                assigned = assign(pieces)
+                answers = self._gather(topic, seq, mine_said)
+                pieces = [[Piece.from_json(p) for p in answer["pieces"]] for answer in answers]
+                assigned = assign(pieces, parted=parted)
+                everything = every_tensor(pieces)
+                if not everything:
+                    raise StateError(NOTHING_TRAINS)
                 stored = assigned
                 if self._tiers is not None and kind == "step":
                     stored = with_copies(pieces, assigned, self._tiers.groups)
-                records = tensor_records(held, assigned, stored)
-                copies = extra_records(held, assigned, stored)
+                records = tensor_records(everything, assigned, stored)
+                copies = extra_records(everything, assigned, stored)
+                joint = joint_fingerprint([answer["fingerprint"] for answer in answers])
+                mesh = joint_mesh([answer["mesh"] for answer in answers])
                 epoch = self._claim()
             except (CkptError, RemoteFailure) as error:
                 failure = board.abort(topic, error)
+                board.abort(look_topic(seq), error)
                 board.abort(save_topic(seq), error)
                 if isinstance(error, RemoteFailure):
                     raise failure.rebuild() from None
                 raise
             names = [[piece.name for piece in mine] for mine in stored]
             decision: dict[str, Any] = {"epoch": epoch, "assigned": names}
+            # Otherwise each rank goes by its own, so that a difference shows in the vote.
+            decision["fingerprint"] = joint if parted else None
             board.decide(topic, decision)
         else:
             verdict = board.verdict(topic)
@@ -173,29 +244,30 @@ class Planner:
         wanted = set(decision["assigned"][board.rank])
         mine = tuple(piece for piece in held if piece.name in wanted)
         layout = Layout(
-            fingerprint=print_,
+            fingerprint=decision["fingerprint"] or print_,
             held=tuple(held),
             mine=mine,
             shard=shard_layout(mine),
             writers=tuple(r for r, names in enumerate(decision["assigned"]) if names),
             records=records,
-            mesh=mesh_json(tensors),
+            mesh=mesh,
             copies=copies,
+            parted=parted,
         )
         return layout, decision["epoch"]
 
-    def _gather(self, topic: str, seq: int, step: int | None, kind: str) -> list[list[Piece]]:
+    def _gather(self, topic: str, seq: int, said: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rank 0: what every rank holds, if all of them plan the same save."""
         answers = self._board.gather(topic, contrary=save_topic(seq))
         for rank, answer in enumerate(answers):
-            for what, mine in (("step", step), ("kind", kind)):
+            for what, mine in said.items():
                 if answer[what] != mine:
                     msg = (
                         f"ranks disagree about what is saved: {what} is {mine} on rank 0 and "
                         f"{answer[what]} on rank {rank}"
                     )
                     raise PlanError(msg)
-        return [[Piece.from_json(p) for p in answer["pieces"]] for answer in answers]
+        return answers
 
     def _claim(self) -> int:
         """Rank 0: become the root's writer, once for each branch of the run."""

@@ -30,7 +30,7 @@ from .errors import (
 from .fetch import fetch
 from .layout import MANIFEST, step_dir
 from .manifest import StepManifest
-from .match import Staged, check_base, match, read_state
+from .match import Staged, check_base, check_union, match, read_state
 from .plan import local_pieces
 from .state_parts import ALL_PARTS, Part
 from .storage import Storage
@@ -130,7 +130,7 @@ def restore(
         StorageError: the store failed.
         SaveAborted: another rank failed; nothing was changed.
     """
-    asked = ask(board, topic, step, strict=strict, parts=parts)
+    asked = ask(board, topic, step, strict=strict, parts=parts, parted=state.parted)
     seen = 0
     candidates: list[_Candidate] = []
     if board.rank == 0:
@@ -260,7 +260,7 @@ def _agree(
     own: CkptError | None = None
     try:
         staged, digest = _stage(storage, tier, state, found, board, asked, spare)
-        board.answer(f"{topic}/check", {"digest": digest})
+        board.answer(f"{topic}/check", {"digest": digest, "elsewhere": staged.elsewhere})
     except DamagedError as error:
         board.answer(f"{topic}/check", {"damaged": str(error)})
     except CkptError as error:
@@ -268,7 +268,11 @@ def _agree(
         board.fail(f"{topic}/check", error)
     if board.rank == 0:
         try:
-            value = _tally(board.gather(f"{topic}/check"))
+            answers = board.gather(f"{topic}/check")
+            value: dict[str, Any] = {"damaged": _tally(answers), "extra": []}
+            if value["damaged"] is None:
+                lacking = [answer["elsewhere"] for answer in answers]
+                value["extra"] = check_union(found.step, lacking, strict=asked.strict)
             board.decide(f"{topic}/apply", value)
         except (CkptError, RemoteFailure) as error:
             failure = board.abort(f"{topic}/apply", error)
@@ -278,11 +282,13 @@ def _agree(
         if verdict.failure is not None:
             raise own or verdict.failure.rebuild(keep=True)
         value = verdict.value
-    if value is None:
+    if value["damaged"] is None and staged is not None:
+        staged.extra += tuple(value["extra"])
         return staged
-    reason = f"step {found.step} (writer {found.epoch}) of {storage.url} is damaged: {value}"
+    why = value["damaged"]
+    reason = f"step {found.step} (writer {found.epoch}) of {storage.url} is damaged: {why}"
     if found.local:
-        reason = f"step {found.step} (writer {found.epoch}) is not whole in the local tier: {value}"
+        reason = f"step {found.step} (writer {found.epoch}) is not whole in the local tier: {why}"
     logger.warning("%s; it is passed over", reason)
     damaged.append(DamagedStep(*found.pair, reason))
     return None

@@ -6,15 +6,14 @@ Rank 0 coordinates; whatever goes wrong on any rank before the commit aborts the
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from .about import package_version
 from .adapter_plan import AdapterPlans
+from .ballot import ballot, count
 from .commit import Place, check_current, commit_step, discard, place
 from .envelope import utc_now
 from .errors import (
@@ -26,12 +25,19 @@ from .errors import (
     SaveAborted,
     Superseded,
 )
-from .job import Job, TensorTable, compose_state, file_record_of, located, plan_topic, save_topic
+from .job import (
+    Job,
+    TensorTable,
+    compose_state,
+    located,
+    look_topic,
+    plan_topic,
+    save_topic,
+)
 from .layout import ADAPTERS, STATE, shard_name
 from .manifest import StepManifest, VersionManifest
 from .plan import Piece, difference
 from .publish import publish_version
-from .save_record import rank_cost
 from .slot_source import Files, PartedFiles, SlotSource
 from .source import StepSource
 from .storage import Storage, put_checked
@@ -100,7 +106,7 @@ class SavePipeline:
         """Tell the others that this rank takes no part in a save, and why."""
         if self._board.world == 1:
             return
-        topics = (plan_topic(seq), save_topic(seq))
+        topics = (look_topic(seq), plan_topic(seq), save_topic(seq))
         self._done_topics += topics
         for topic in topics:
             self._board.fail(topic, error, echo=echo)
@@ -120,7 +126,7 @@ class SavePipeline:
             began = time.perf_counter()
             record = self._write(job, where)
             job.handle.metrics.write_ms = 1e3 * (time.perf_counter() - began)
-            board.answer(job.topic, self._ballot(job, record))
+            board.answer(job.topic, ballot(job, record))
         except Exception as error:  # noqa: BLE001 - goes to every rank's vote and is raised below
             own = error
             board.fail(job.topic, error)
@@ -157,11 +163,12 @@ class SavePipeline:
             board.forget(self._done_topics)
             self._done_topics = [
                 job.topic,
+                look_topic(job.seq),
                 plan_topic(job.seq),
                 *(f"{job.topic}/{what}" for what in ("version", "tiers")),
             ]
-            job.costs = [ballot["cost"] for ballot in ballots]
-            self._check_ballots(job, ballots)
+            job.costs = [said["cost"] for said in ballots]
+            count(job, ballots)
             manifest = self._manifest(job, where, ballots)
             if self._tiers is not None:
                 self._tiers.check_current(job.epoch)
@@ -205,46 +212,6 @@ class SavePipeline:
             return place(self._storage, job.step, job.epoch, job.attempt)
         parts = _parts(job)
         return Place(base=parts, prefix="", scratch=parts, final=parts)
-
-    def _ballot(self, job: Job, record: FileRecord | None) -> dict[str, Any]:
-        return {
-            "step": job.step,
-            "kind": [job.resumable, job.publish],
-            "fingerprint": job.layout.fingerprint,
-            "file": None if record is None else asdict(record),
-            "shared": {key: hashlib.sha256(data).hexdigest() for key, data in job.shared.items()},
-            "mine": job.mine.decode("ascii"),
-            "cost": rank_cost(job.handle.metrics),
-        }
-
-    def _check_ballots(self, job: Job, ballots: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a save that is not the same save on all ranks.
-
-        Raises:
-            PlanError: names the first difference.
-            DamagedError: a file on storage has another size than its writer says.
-        """
-        first = ballots[0]
-        for rank, ballot in enumerate(ballots):
-            for what in ("step", "kind", "fingerprint"):
-                if ballot[what] != first[what]:
-                    msg = (
-                        f"ranks disagree about what is saved: {what} is {first[what]} on rank 0 "
-                        f"and {ballot[what]} on rank {rank}"
-                    )
-                    raise PlanError(msg)
-            for section, digest in first["shared"].items():
-                if ballot["shared"].get(section) != digest:
-                    msg = (
-                        f"{section} differs between rank 0 and rank {rank}; values that belong to "
-                        "one rank go into TrainState(per_rank=...)"
-                    )
-                    raise PlanError(msg)
-            if (ballot["file"] is not None) != (rank in job.layout.writers):
-                msg = f"rank {rank} wrote {ballot['file']}, the plan says otherwise"
-                raise PlanError(msg)
-            if ballot["file"] is not None:
-                job.files[rank] = file_record_of(ballot["file"])
 
     def _manifest(
         self, job: Job, where: Place, ballots: Sequence[Mapping[str, Any]]
@@ -296,7 +263,7 @@ class SavePipeline:
                 check_current(self._storage, job.epoch)
             except CkptError as superseded:
                 return superseded if isinstance(superseded, Superseded) else error
-        if job.planned or not isinstance(error, PlanError):
+        if job.planned or job.layout.parted or not isinstance(error, PlanError):
             return error
         for rank in range(1, self._board.world):
             answer = self._board.peek(plan_topic(job.seq), rank)

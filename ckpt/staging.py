@@ -117,7 +117,9 @@ class Staging:
             raise StepExists(msg)
         export, live, tensors = subject(state, resumable=resumable, publish=publish)
         planning = time.perf_counter()
-        cached, planned, epoch = self._planner.layout(seq, step, tensors, resumable=resumable)
+        cached, planned, epoch = self._planner.layout(
+            seq, step, tensors, resumable=resumable, parted=state.parted
+        )
         plan_ms = 1e3 * (time.perf_counter() - planning)
         shared, mine = encode_values(state, live, resumable=resumable)
         waiting = time.perf_counter()

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,19 @@ from .adapter_file import open_adapter
 from .adapter_fit import KeyMap, check_base, fit
 from .adapter_values import adapter_values
 from .arena import local_tensor
-from .asked import compare, refuse
-from .errors import CkptError, ConfigError, PlanError
+from .asked import PARTED, compare, refuse
+from .errors import CkptError, ConfigError, PlanError, StateError
 from .peft import CONFIG_NAME, WEIGHTS_NAME
 from .rendezvous import join
+from .stages import held_by_nobody
 from .storage import Storage, open_storage
 from .train_state import TrainState, export_of
 from .types import MODEL_PREFIX, AdapterExport
 from .vote import Board, RemoteFailure
 
 logger = logging.getLogger(__name__)
+
+_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ def take_over(board: Board, topic: str, state: TrainState, source: Source) -> Wa
     # Before the ranks meet and again after the reading: a replacement in between shows on one side.
     stamp = _stamp(storage)
     wanted = {"url": storage.url, "rescale": source.rescale, "any_base": source.any_base}
+    wanted[PARTED] = state.parted
     board.answer(f"{topic}/asked", wanted)
     if board.rank == 0:
         try:
@@ -162,11 +166,11 @@ def take_over(board: Board, topic: str, state: TrainState, source: Source) -> Wa
         if verdict.failure is not None:
             raise verdict.failure.rebuild(keep=True)
     try:
-        taken, targets, values = _stage(board, storage, state, source)
+        taken, targets, values, elsewhere = _stage(board, storage, state, source)
         if _stamp(storage) != stamp:
             msg = f"the adapter in {storage.url} was replaced while it was read; begin again"
             raise PlanError(msg)
-        board.answer(f"{topic}/check", taken.digest)
+        board.answer(f"{topic}/check", {"digest": taken.digest, "elsewhere": elsewhere})
     except CkptError as error:
         board.fail(f"{topic}/check", error)
         _settle(board, topic, error)
@@ -199,11 +203,15 @@ def _settle(board: Board, topic: str, own: CkptError | None) -> None:
     """Return only if every rank has staged the same adapter; this rank's own error comes first."""
     if board.rank == 0:
         try:
-            digests = board.gather(f"{topic}/check")
-            for rank, digest in enumerate(digests):
-                if digest != digests[0]:
+            answers = board.gather(f"{topic}/check")
+            for rank, answer in enumerate(answers):
+                if answer["digest"] != answers[0]["digest"]:
                     msg = f"ranks 0 and {rank} read different adapters; is it being replaced?"
                     raise PlanError(msg)
+            nowhere = held_by_nobody([answer["elsewhere"] for answer in answers])
+            if nowhere:
+                msg = f"no rank holds {', '.join(nowhere[:_SHOWN])}, which export rules name"
+                raise StateError(msg)
             board.decide(f"{topic}/apply", None)
         except (CkptError, RemoteFailure) as error:
             failure = board.abort(f"{topic}/apply", error)
@@ -216,8 +224,11 @@ def _settle(board: Board, topic: str, own: CkptError | None) -> None:
 
 def _stage(
     board: Board, storage: Storage, state: TrainState, source: Source
-) -> tuple[WarmStart, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Read and check all that this rank needs; nothing live changes."""
+) -> tuple[WarmStart, dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+    """Read and check all that this rank needs; nothing live changes.
+
+    The last value names the sources of export rules that another rank of a parted state must hold.
+    """
     export = state.export() if source.export is None else export_of(source.export)
     if export is None:
         msg = (
@@ -237,8 +248,20 @@ def _stage(
         if name.startswith(MODEL_PREFIX) and tensor.is_floating_point()
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    matches = fit(file, export, shapes, keymap=source.keymap, rescale=source.rescale)
-    values = adapter_values(file, matches, targets, rank=board.rank, world=board.world)
+    elsewhere: list[str] = []
+    if state.parted:
+        elsewhere = list(dict.fromkeys(r.source for r in export.rules if r.source not in shapes))
+    matches = fit(
+        file,
+        export,
+        shapes,
+        keymap=source.keymap,
+        rescale=source.rescale,
+        elsewhere=frozenset(elsewhere),
+    )
+    # Of a parted state every rank looks at the padding of what it holds: nobody else may hold it.
+    share = {"rank": 0, "world": 1} if state.parted else {"rank": board.rank, "world": board.world}
+    values = adapter_values(file, matches, targets, **share)
     manifest = file.manifest
     taken = WarmStart(
         url=storage.url,
@@ -248,4 +271,4 @@ def _stage(
         dtypes=tuple(sorted({entry.dtype for entry in file.tensors.values()})),
         notes=tuple(notes),
     )
-    return taken, targets, values
+    return taken, targets, values, elsewhere

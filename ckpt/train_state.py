@@ -22,11 +22,18 @@ from .optim import (
 )
 from .peft_model import export_of_peft, find_peft_model
 from .rng import apply_rng, capture_rng, derive_rng
+from .stages import join_optimizers, join_schedules
 from .state import encode_state
 from .state_parts import ALL_PARTS, Part
 from .types import MODEL_PREFIX, AdapterExport, BaseIdentity, TensorRule
 
 logger = logging.getLogger(__name__)
+
+
+NOTHING_TRAINS = (
+    "the model has no parameter that requires a gradient, so there is nothing to save; apply the "
+    "adapter (or unfreeze the model) before TrainState is used"
+)
 
 
 @runtime_checkable
@@ -48,11 +55,22 @@ class LiveTensors:
 
     Attributes:
         tensors: checkpoint name to tensor or DTensor.
-        optimizer_params: canonical FQN to parameter, for all the optimizer holds.
+        optimizer_params: canonical FQN to parameter, for all the optimizers hold.
+        owners: canonical FQN to the optimizer that holds the parameter.
     """
 
     tensors: dict[str, torch.Tensor]
     optimizer_params: dict[str, torch.Tensor]
+    owners: dict[str, torch.optim.Optimizer]
+
+    def of(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        """The parameters of one optimizer, by canonical FQN."""
+        return {n: p for n, p in self.optimizer_params.items() if self.owners[n] is optimizer}
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter requires a gradient."""
+        return any(tensor.requires_grad for tensor in self.tensors.values())
 
 
 class TrainState:
@@ -62,11 +80,15 @@ class TrainState:
     what trains, the optimizer state of these, the scheduler, ``extra``, and *per rank*: the random
     number generators, the data position and ``per_rank``. A frozen base is named by ``base`` only.
 
+    A list of models says that they are this rank's stages of a pipeline, and that other ranks may
+    hold others: names may differ between ranks then. What each rank holds must fit the rest, and
+    together the ranks must hold all of it. A rank may hold nothing that trains, or no model.
+
     Args:
-        model: the (sharded, wrapped or plain) model, or the model parts of this rank.
-        optimizer: built over the model's parameters, or None; a wrapper that keeps the real one as
-            ``.optimizer`` (Accelerate's) will do.
-        scheduler: an LR scheduler, or None.
+        model: the (sharded, wrapped or plain) model, or a list of this rank's pipeline stages.
+        optimizer: built over the model's parameters, or None; or a list, one for each stage. A
+            wrapper that keeps the real one as ``.optimizer`` (Accelerate's) will do.
+        scheduler: an LR scheduler, or None; or a list, of which all must be in the same state.
         dataloader: gives this rank's data position, or None.
         extra: JSON-like values that are equal on all ranks, such as ``policy_version``. The dict
             is updated in place by a restore.
@@ -75,6 +97,9 @@ class TrainState:
             of a model that PEFT wrapped it is :func:`ckpt.peft_model.export_of_peft`.
         base: which frozen base the adapter belongs to; a restore over another one is refused.
 
+    Attributes:
+        parted: whether other ranks may hold other parts of the model.
+
     Raises:
         ConfigError: an argument that lacks what is needed of it.
     """
@@ -82,8 +107,8 @@ class TrainState:
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Stateful | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        scheduler: Stateful | Sequence[Stateful] | None = None,
         dataloader: Stateful | None = None,
         extra: dict[str, Any] | None = None,
         *,
@@ -91,18 +116,22 @@ class TrainState:
         export: AdapterExport | Mapping[str, Any] | None = None,
         base: BaseIdentity | Mapping[str, Any] | None = None,
     ) -> None:
+        self.parted = not isinstance(model, nn.Module)
         self.models: tuple[nn.Module, ...] = (
             (model,) if isinstance(model, nn.Module) else tuple(model)
         )
         self._walks = tuple(map(TrainableWalk, self.models))
-        self.optimizer = _innermost(optimizer)
-        self.scheduler = scheduler
+        self.optimizers = tuple(_innermost(each) for each in _several(optimizer))
+        self.schedulers: tuple[Stateful, ...] = _several(scheduler)
         self.dataloader = dataloader
         self.extra: dict[str, Any] = {} if extra is None else _mutable("extra", extra)
         self.per_rank: dict[str, Stateful] = dict(per_rank or {})
         self._export = export
         self.base = _base(base)
         stateful: dict[str, Any] = {"scheduler": scheduler, "dataloader": dataloader}
+        if isinstance(scheduler, list | tuple):
+            del stateful["scheduler"]
+            stateful |= {f"scheduler[{i}]": item for i, item in enumerate(scheduler)}
         stateful |= {f"per_rank[{name!r}]": value for name, value in self.per_rank.items()}
         for name, value in stateful.items():
             if value is not None and not isinstance(value, Stateful):
@@ -138,11 +167,12 @@ class TrainState:
         return export_of_peft(wrapped[0]) if wrapped else None
 
     def live(self) -> LiveTensors:
-        """Walk the model and the optimizer; cheap enough for every save.
+        """Walk the models and the optimizers; cheap enough for every save.
 
         Raises:
-            StateError: nothing trains, a name occurs twice, a tensor is on the meta device, or
-                the optimizer holds a parameter that is not the model's.
+            StateError: nothing trains (unless the state is parted), a name occurs twice, a tensor
+                is on the meta device, a parameter has two optimizers, or an optimizer holds one
+                that is not the models'.
         """
         tensors: dict[str, torch.Tensor] = {}
         names: dict[int, str] = {}
@@ -151,26 +181,33 @@ class TrainState:
             names |= named
             for name, tensor in found:
                 _add(tensors, name, tensor)
-        if not any(tensor.requires_grad for tensor in tensors.values()):
-            msg = (
-                "the model has no parameter that requires a gradient, so there is nothing to "
-                "save; apply the adapter (or unfreeze the model) before TrainState is used"
-            )
-            raise StateError(msg)
-        params: dict[str, torch.Tensor] = {}
-        if self.optimizer is not None:
-            params = parameter_names(self.optimizer, names)
-            tensors |= optimizer_tensors(self.optimizer, params)
-        return LiveTensors(tensors, params)
+        live = LiveTensors(tensors, {}, {})
+        if not live.trains and not self.parted:
+            raise StateError(NOTHING_TRAINS)
+        for optimizer in self.optimizers:
+            params = parameter_names(optimizer, names)
+            twice = [name for name in params if name in live.owners]
+            if twice:
+                msg = f"two optimizers hold {twice[0]}; a parameter has one optimizer"
+                raise StateError(msg)
+            live.optimizer_params.update(params)
+            live.owners.update(dict.fromkeys(params, optimizer))
+            tensors |= optimizer_tensors(optimizer, params)
+        return live
 
     def shared_values(self, live: LiveTensors) -> dict[str, Any]:
-        """What is equal on all ranks and is no tensor of the shards, by section."""
-        optimizer = self.optimizer
+        """What is equal on all ranks and is no tensor of the shards, by section.
+
+        Of a parted state, ``optimizer`` covers this rank's parameters, and a rank without any may
+        have neither optimizer nor schedule; :mod:`ckpt.stages` makes the whole.
+
+        Raises:
+            StateError: several optimizers or schedules that do not go together.
+        """
+        optimizers = [optimizer_values(o, live.of(o)) for o in self.optimizers]
         return {
-            "optimizer": (
-                None if optimizer is None else optimizer_values(optimizer, live.optimizer_params)
-            ),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "optimizer": optimizers[0] if len(optimizers) == 1 else join_optimizers(optimizers),
+            "scheduler": join_schedules([item.state_dict() for item in self.schedulers]),
             "extra": self.extra,
         }
 
@@ -199,24 +236,27 @@ class TrainState:
             StateError: hyperparameters that cannot be given to the live optimizer's groups.
         """
         found = []
-        pairs: list[tuple[Part, str, Any, Any]] = [
-            (Part.OPTIMIZER, "optimizer", shared["optimizer"], self.optimizer),
-            (Part.SCHEDULER, "scheduler", shared["scheduler"], self.scheduler),
-            (Part.DATALOADER, "dataloader", ranks[0]["dataloader"], self.dataloader),
-        ]
+        live = self.live()
+        pairs: list[tuple[Part, str, Any, Any]] = []
+        if live.trains or self.optimizers or self.schedulers:
+            # A stage without an adapter needs none of the two.
+            pairs += [
+                (Part.OPTIMIZER, "optimizer", shared["optimizer"], self.optimizers or None),
+                (Part.SCHEDULER, "scheduler", shared["scheduler"], self.schedulers or None),
+            ]
+        pairs.append((Part.DATALOADER, "dataloader", ranks[0]["dataloader"], self.dataloader))
         for name in sorted({*ranks[0]["per_rank"], *self.per_rank}):
-            saved, live = ranks[0]["per_rank"].get(name), self.per_rank.get(name)
-            pairs.append((Part.PER_RANK, f"per_rank[{name!r}]", saved, live))
-        for part, name, saved, live in pairs:
-            if part in parts and (saved is None) != (live is None):
-                where = "the checkpoint" if live is None else "the live state"
+            saved, mine = ranks[0]["per_rank"].get(name), self.per_rank.get(name)
+            pairs.append((Part.PER_RANK, f"per_rank[{name!r}]", saved, mine))
+        for part, name, saved, mine in pairs:
+            if part in parts and (saved is None) != (mine is None):
+                where = "the checkpoint" if mine is None else "the live state"
                 found.append(f"only {where} has {name}")
-        optimizer = self.optimizer if Part.OPTIMIZER in parts else None
-        if shared["optimizer"] is not None and optimizer is not None:
-            params = self.live().optimizer_params
-            reason = group_problem(optimizer, params, shared["optimizer"])
-            if reason:
-                raise StateError(reason)
+        if shared["optimizer"] is not None and Part.OPTIMIZER in parts:
+            for optimizer in self.optimizers:
+                reason = group_problem(optimizer, live.of(optimizer), shared["optimizer"])
+                if reason:
+                    raise StateError(reason)
         return found
 
     def apply_values(
@@ -242,18 +282,17 @@ class TrainState:
             What could not carry over exactly, for the log.
         """
         notes = []
-        optimizer = self.optimizer if Part.OPTIMIZER in parts else None
-        if optimizer is not None and shared["optimizer"] is not None:
-            params = self.live().optimizer_params
-            apply_optimizer(optimizer, params, shared["optimizer"], optimizer_state)
-        if (
-            Part.SCHEDULER in parts
-            and self.scheduler is not None
-            and shared["scheduler"] is not None
-        ):
-            self.scheduler.load_state_dict(shared["scheduler"])
-            if self.optimizer is not None and optimizer is None:
-                notes += take_scheduled_rates(self.optimizer, self.scheduler)
+        optimizers = self.optimizers if Part.OPTIMIZER in parts else ()
+        if optimizers and shared["optimizer"] is not None:
+            live = self.live()
+            for optimizer in optimizers:
+                params = live.of(optimizer)
+                apply_optimizer(optimizer, params, shared["optimizer"], optimizer_state)
+        if Part.SCHEDULER in parts and shared["scheduler"] is not None:
+            for schedule in self.schedulers:
+                schedule.load_state_dict(shared["scheduler"])
+                for optimizer in () if optimizers else self.optimizers:
+                    notes += take_scheduled_rates(optimizer, schedule)
         if Part.EXTRA in parts:
             self.extra.clear()
             self.extra.update(shared["extra"])
@@ -294,6 +333,13 @@ class TrainState:
         return notes
 
 
+def _several(value: Any) -> tuple[Any, ...]:
+    """One, several or none, as a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
     key = MODEL_PREFIX + name
     if key in tensors:
@@ -305,7 +351,7 @@ def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> N
     tensors[key] = tensor
 
 
-def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer below wrappers: its state and its class's name are what a checkpoint keeps."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
