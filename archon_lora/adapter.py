@@ -66,6 +66,8 @@ class AppliedLoRA:
             left out.
         others: the records of further adapters by name, filled by ``add_adapter()``; empty in
             those records themselves.
+        whole: of a pipeline stage, the whole model without values (see
+            :mod:`archon_lora.stages`); ``matched`` and ``experts`` are those of the stage then.
     """
 
     config: LoRAConfig
@@ -74,6 +76,7 @@ class AppliedLoRA:
     hf_names: FrozenMap[str]
     others: dict[str, AppliedLoRA] = field(default_factory=dict, compare=False)
     experts: FrozenMap[tuple[str, ...]] = field(default_factory=lambda: FrozenMap({}))
+    whole: nn.Module | None = field(default=None, compare=False)
 
     def target_names(self) -> tuple[str, ...]:
         """HF names of everything adapted, experts one by one."""

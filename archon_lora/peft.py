@@ -65,6 +65,8 @@ def peft_export(
     fp32, no rsLoRA and no patterns. Without, the adapter keeps its training form, which PEFT
     understands and engines may not.
 
+    Of a pipeline stage it is that of the whole model, so that all stages say the same.
+
     Args:
         model: a model on which ``apply_lora()`` was called, sharded or wrapped or not.
         normalise: see above.
@@ -78,6 +80,7 @@ def peft_export(
         LoRANotEnabled: no LoRA in the model.
         NoAdapterError: modules that were adapted are gone.
     """
+    model = applied_lora(model).whole or model
     record = applied_lora(model)
     sites = adapter_sites(model, record)
     names = target_names(sites, record.module_names)

@@ -65,7 +65,9 @@ class AdapterStream:
             for part in _adapted_parts(engine.model_parts):
                 export = peft_export(part, normalise=normalise, base_model_name=base_model_name)
                 params = get_adapter_params(part)
-                held.update({rule["source"]: params[rule["source"]] for rule in export["rules"]})
+                # A pipeline stage exports the whole adapter and holds a part of it.
+                sources = {rule["source"] for rule in export["rules"]} & params.keys()
+                held.update({source: params[source] for source in sources})
                 mine.append({**export, "modules": applied_lora(part).target_names()})
         exports = [e for rank in gather_json(group, mine, timeout=timeout) for e in rank]
         rules = {rule["key"]: TensorRule(**rule) for e in exports for rule in e["rules"]}

@@ -125,7 +125,8 @@ def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
     plan: list[tuple[Tensor, Tensor]] = []
     with attempt(group, what=f"checking the adapter at {where}", timeout=timeout):
         for part in parts:
-            own = {rule["key"] for rule in peft_export(part)["rules"]}
+            held = get_adapter_params(part)
+            own = {r["key"] for r in peft_export(part)["rules"] if r["source"] in held}
             # What belongs to another part is not this one's to refuse.
             given = {k: t for k, t in tensors.items() if k in own or k not in everybodys}
             plan += adapter_values(part, given, config)

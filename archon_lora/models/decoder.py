@@ -118,6 +118,8 @@ class Decoder(nn.Module):
             model; tensor parallelism puts its own in.
         sequence_multiple: sequences are padded on the right, inside, to a multiple of this:
             above 1 where activations are sharded by position.
+        embeds: whether it begins with tokens; a later pipeline stage begins with hidden states.
+        predicts: whether it ends with logits; an earlier stage ends with hidden states.
     """
 
     block_cls: ClassVar[type[TransformerBlock]] = TransformerBlock
@@ -128,6 +130,7 @@ class Decoder(nn.Module):
         self.config = config
         self.tied_head: Callable[[Tensor, Tensor], Tensor] = functional.linear
         self.sequence_multiple = 1
+        self.embeds = self.predicts = True
         self.embedding_scale = config.hidden_size**0.5 if traits.scale_embedding else None
         self.logit_softcap = traits.logit_softcap
         self.windows = [traits.window(i) for i in range(config.num_hidden_layers)]
@@ -165,7 +168,8 @@ class Decoder(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: (B, S) token ids, int64.
+            tokens: (B, S) token ids, int64; of a later pipeline stage what the one before
+                returned, (B, S, D).
             positions: (B, S) or (1, S) positions for the rotary embedding. By default the
                 index of a token among the real (unpadded) tokens of its row.
             attention_mask: (B, T) with 1 or True at real tokens and 0 at padding, on either side;
@@ -174,7 +178,8 @@ class Decoder(nn.Module):
                 generation only, hence without gradients.
 
         Returns:
-            (B, S, V) logits in the model's compute dtype; those at padding are meaningless.
+            (B, S, V) logits in the model's compute dtype; those at padding are meaningless. Of a
+            pipeline stage that is not the last, (B, S, D) hidden states.
 
         Raises:
             ValueError: a shape does not fit, or a cache is used while gradients are recorded.
@@ -193,6 +198,9 @@ class Decoder(nn.Module):
                 f"got {tuple(attention_mask.shape)}"
             )
             raise ValueError(msg)
+        h_BSD = tokens
+        if not self.embeds:
+            tokens = tokens[..., 0]  # from here on only shape and device count
         if positions is None:
             positions = default_positions(tokens, attention_mask, past)
         extra = -seq % self.sequence_multiple
@@ -205,18 +213,22 @@ class Decoder(nn.Module):
             for window in dict.fromkeys(self.windows)
         }
 
-        h_BSD: Tensor = self.tok_embeddings(tokens)
-        if self.embedding_scale is not None:
-            # Rounded to the compute dtype first, as the models were trained.
-            h_BSD = h_BSD * torch.tensor(self.embedding_scale, dtype=h_BSD.dtype)
+        if self.embeds:
+            h_BSD = self.tok_embeddings(tokens)
+            if self.embedding_scale is not None:
+                # Rounded to the compute dtype first, as the models were trained.
+                h_BSD = h_BSD * torch.tensor(self.embedding_scale, dtype=h_BSD.dtype)
         turns = self.rope(positions, h_BSD.dtype)
         local = turns if self.local_rope is None else self.local_rope(positions, h_BSD.dtype)
-        for block, window in zip(self.layers.values(), self.windows, strict=True):
+        for name, block in self.layers.items():
+            window = self.windows[int(name)]
             cos, sin = turns if window is None else local
             h_BSD = block(h_BSD, cos, sin, masks[window], cache)
-        h_BSD = self.norm(h_BSD)
         if cache is not None:
             cache.advance(seq)
+        if not self.predicts:
+            return h_BSD
+        h_BSD = self.norm(h_BSD)
         logits = self._logits(h_BSD)
         # FSDP2 wants no view of what it is handed.
         return logits[:, :seq].contiguous() if extra else logits

@@ -75,7 +75,8 @@ def load_hf_weights(
 ) -> LoadReport:
     """Fill a model's base weights from a HuggingFace directory, converting to the model's dtypes.
 
-    Adapter parameters are left as they are: they are initialised or loaded on their own.
+    Adapter parameters are left as they are: they are initialised or loaded on their own. A pipeline
+    stage reads what it has; that the rest of the model is there is checked all the same.
 
     Args:
         model: materialised (not on the meta device); its parameters may be DTensors.
@@ -90,8 +91,11 @@ def load_hf_weights(
             them in one message, and before any tensor is touched.
     """
     with HFWeights(directory) as weights:
-        targets = _base_tensors(model)
-        hf_names = _match(targets, adapter, weights)
+        targets = base_tensors(model)
+        _check_materialised(targets)
+        stage = getattr(model, "stage", None)
+        elsewhere: frozenset[str] = frozenset() if stage is None else stage.elsewhere
+        hf_names = _match(targets, adapter, weights, elsewhere)
         reads = [
             _Read(hf_names[fqn], tensor, local_slice(tensor))
             for fqn, tensor in targets.items()
@@ -170,7 +174,7 @@ def base_fingerprint(directory: str | Path, *, name: str | None = None) -> dict[
     return {"name": str(directory) if name is None else name, "config_hash": digest}
 
 
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the base model by canonical name."""
     adapter_names: set[str] = set()
     if any(hasattr(module, "adapter_params") for module in model.modules()):
@@ -179,7 +183,10 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
         adapter_names = set(get_adapter_params(model))
     tensors = {canonical_fqn(name): tensor for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in adapter_names}
+    return {name: tensor for name, tensor in tensors.items() if name not in adapter_names}
+
+
+def _check_materialised(tensors: Mapping[str, Tensor]) -> None:
     on_meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
     if on_meta:
         msg = (
@@ -187,13 +194,17 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
             "call model.to_empty(device=...) before loading"
         )
         raise ModelLoadError(msg)
-    return tensors
 
 
 def _match(
-    targets: Mapping[str, Tensor], adapter: BaseStateDictAdapter, weights: HFWeights
+    targets: Mapping[str, Tensor],
+    adapter: BaseStateDictAdapter,
+    weights: HFWeights,
+    elsewhere: frozenset[str],
 ) -> dict[str, tuple[str, ...]]:
     """HF names of every target, after comparing both sides completely.
+
+    ``elsewhere`` names what other pipeline stages take.
 
     Raises:
         ModelLoadError: lists every missing, unexpected and misshapen key.
@@ -210,6 +221,12 @@ def _match(
             elif stored != wanted:
                 problems.append(f"wrong shape: {hf_name} is {stored}, the model wants {wanted}")
     taken = {hf_name for names in hf_names.values() for hf_name in names}
+    for fqn in sorted(elsewhere):
+        names = adapter.stored_as(fqn)
+        taken.update(names)
+        problems += [
+            f"missing: {hf_name} (for {fqn})" for hf_name in names if hf_name not in weights.shapes
+        ]
     problems += [
         f"unexpected: {hf_name}"
         for hf_name in sorted(set(weights.shapes) - taken)
