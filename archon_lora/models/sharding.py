@@ -72,6 +72,10 @@ def parallelize(
         from archon_lora.parallel import adapter_shard_placement
 
         place = adapter_shard_placement(model, shards=layout.dims.dp_shard)
+    if layout.ep is not None:
+        from .expert_parallel import shard_experts
+
+        shard_experts(blocks, layout, policy=policy, reshard_after_forward=reshard_after_forward)
     for block in blocks:
         fully_shard(
             block,
