@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         get_adapter_state_dict,
         set_trainable_params,
     )
+    from .adapters import adapter_names, add_adapter, copy_adapter, remove_adapter
     from .apply import apply_lora, initialise_adapters
     from .config import LoRAConfig
     from .errors import (
@@ -80,10 +81,13 @@ _HOMES = {
     "TrainConfigError": "errors",
     "UnmappedName": "errors",
     "adapter_mode": "mode",
+    "adapter_names": "adapters",
     "adapter_shard_placement": "parallel",
     "adapters_disabled": "mode",
+    "add_adapter": "adapters",
     "apply_lora": "apply",
     "canonical_fqn": "names",
+    "copy_adapter": "adapters",
     "disable_adapter": "mode",
     "enable_adapter": "mode",
     "get_adapter_params": "adapter",
@@ -92,6 +96,7 @@ _HOMES = {
     "iter_merged_weights": "merge",
     "load_adapter_tensors": "peft",
     "peft_export": "peft",
+    "remove_adapter": "adapters",
     "set_active": "mode",
     "set_trainable_params": "adapter",
 }
@@ -121,10 +126,13 @@ __all__ = [
     "TrainConfigError",
     "UnmappedName",
     "adapter_mode",
+    "adapter_names",
     "adapter_shard_placement",
     "adapters_disabled",
+    "add_adapter",
     "apply_lora",
     "canonical_fqn",
+    "copy_adapter",
     "disable_adapter",
     "enable_adapter",
     "get_adapter_params",
@@ -133,6 +141,7 @@ __all__ = [
     "iter_merged_weights",
     "load_adapter_tensors",
     "peft_export",
+    "remove_adapter",
     "set_active",
     "set_trainable_params",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .names import canonical_modules
+from .names import DEFAULT_ADAPTER, canonical_modules
 from .placement import reshard
 
 
@@ -21,8 +21,12 @@ from .placement import reshard
 class Mergeable(Protocol):
     """A module that can say what its weight would be with the adapter folded in."""
 
-    def merged_weight(self) -> Tensor:
-        """Base plus update, a new fp32 tensor."""
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that the module holds."""
+        ...
+
+    def merged_weight(self, adapter: str = DEFAULT_ADAPTER) -> Tensor:
+        """Base plus that adapter's update, a new fp32 tensor."""
         ...
 
 
@@ -56,23 +60,26 @@ def merge_factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     return product(base, up, down, alpha=scaling)
 
 
-def iter_merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The merged weight of every adapted layer, and stack of experts, one at a time.
+def iter_merged_weights(
+    model: nn.Module, *, adapter: str = DEFAULT_ADAPTER
+) -> Iterator[tuple[str, Tensor]]:
+    """The merged weight of every layer, and stack of experts, that an adapter is for, one by one.
 
     On sharded models this is collective: every rank must run the iterator to its end. One whole
     layer is held at a time, not the model.
 
     Args:
         model: a model with adapters, wrapped or not.
+        adapter: the one that is folded in.
 
     Yields:
         Pairs (canonical FQN of the weight or stack, fp32 tensor), in the order of the modules.
     """
     reshard(model)
     for name, module in canonical_modules(model):
-        if isinstance(module, Mergeable):
-            yield (f"{name}.weight" if name else "weight"), module.merged_weight()
-        elif isinstance(module, MergeableStacks):
+        if isinstance(module, Mergeable) and adapter in module.adapter_names():
+            yield (f"{name}.weight" if name else "weight"), module.merged_weight(adapter)
+        elif isinstance(module, MergeableStacks) and adapter == DEFAULT_ADAPTER:
             for stack, merged in module.merged_stacks():
                 yield (f"{name}.{stack}" if name else stack), merged
 

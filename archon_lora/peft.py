@@ -13,9 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .adapter import applied_lora
+from .adapter import applied_lora, get_adapter_params
 from .config import LoRAConfig
 from .errors import AdapterMismatch, LoRAConfigError, UnmappedName
+from .names import DEFAULT_ADAPTER
 from .peft_config import check_fields
 from .peft_keys import PEFT_PREFIX, Factor, parse_peft_key, peft_key
 from .placement import copy_local_, local_slice, reshard
@@ -56,7 +57,11 @@ class _InMemory:
 
 
 def peft_export(
-    model: nn.Module, *, normalise: bool = True, base_model_name: str = ""
+    model: nn.Module,
+    *,
+    normalise: bool = True,
+    base_model_name: str = "",
+    adapter: str = DEFAULT_ADAPTER,
 ) -> dict[str, Any]:
     """How to make a PEFT adapter from this model's parameters, as plain data.
 
@@ -71,18 +76,20 @@ def peft_export(
         model: a model on which ``apply_lora()`` was called, sharded or wrapped or not.
         normalise: see above.
         base_model_name: value of ``base_model_name_or_path``.
+        adapter: which one; a file does not name it.
 
     Returns:
         ``{"peft_config": {...}, "rules": [{"source", "key", "scale", "pad_dim", "pad_to",
-        "index"}, ...]}``, JSON-able; rules in the order of the modules, A before B.
+        "index"}, ...], "others": [...]}``, JSON-able; rules in the order of the modules, A before
+        B; ``others`` are the names of the parameters of all other adapters.
 
     Raises:
         LoRANotEnabled: no LoRA in the model.
-        NoAdapterError: modules that were adapted are gone.
+        NoAdapterError: modules that were adapted are gone, or no adapter has that name.
     """
     model = applied_lora(model).whole or model
-    record = applied_lora(model)
-    sites = adapter_sites(model, record)
+    record = applied_lora(model, adapter)
+    sites = adapter_sites(model, record, adapter=adapter)
     names = target_names(sites, record.module_names)
     config = record.config.to_peft(base_model_name=base_model_name, target_modules=names)
     # The names above are the ones that matched, so nothing is left to exclude, and the initial
@@ -110,15 +117,19 @@ def peft_export(
                 "index": site.index,
             }
             rules.append(rule)
-    return {"peft_config": config, "rules": rules}
+    own = {rule["source"] for rule in rules}
+    others = [name for name in get_adapter_params(model, frozen=True) if name not in own]
+    return {"peft_config": config, "rules": rules, "others": others}
 
 
 def load_adapter_tensors(
     model: nn.Module,
     tensors: Mapping[str, Tensor] | TensorReader,
     peft_config: Mapping[str, Any],
+    *,
+    adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """Put a PEFT adapter's values into the model's adapter parameters.
+    """Put a PEFT adapter's values into the parameters of one of the model's adapters.
 
     Everything is checked and every value made before the first parameter changes. B is rescaled
     when the file's scaling is not the model's, so a normalised export loads back into the model
@@ -134,14 +145,16 @@ def load_adapter_tensors(
         model: a model on which ``apply_lora()`` was called.
         tensors: by PEFT key, or a reader that gives parts of them.
         peft_config: content of the file's ``adapter_config.json``.
+        adapter: which one takes the values.
 
     Raises:
         LoRANotEnabled: no LoRA in the model.
+        NoAdapterError: no adapter has that name.
         LoRAConfigError: the config has options that are not supported, or values that cannot be.
         AdapterMismatch: keys missing or unexpected, wrong shapes, a rank other than the config
             says, or values that are not finite.
     """
-    for parameter, part in adapter_values(model, tensors, peft_config):
+    for parameter, part in adapter_values(model, tensors, peft_config, adapter=adapter):
         copy_local_(parameter, part)
 
 
@@ -149,6 +162,8 @@ def adapter_values(
     model: nn.Module,
     tensors: Mapping[str, Tensor] | TensorReader,
     peft_config: Mapping[str, Any],
+    *,
+    adapter: str = DEFAULT_ADAPTER,
 ) -> list[tuple[Tensor, Tensor]]:
     """The first half of :func:`load_adapter_tensors`: check and convert, change nothing.
 
@@ -156,18 +171,20 @@ def adapter_values(
         model: as there.
         tensors: as there.
         peft_config: as there.
+        adapter: as there.
 
     Returns:
         Each adapter parameter with this rank's part of its new value, for
         :func:`archon_lora.placement.copy_local_`.
 
     Raises:
-        LoRANotEnabled: as there, like the two below.
+        LoRANotEnabled: as there, like the three below.
+        NoAdapterError: no adapter of that name.
         LoRAConfigError: options or values that cannot be.
         AdapterMismatch: the adapter does not fit.
     """
     reshard(model)
-    sites = adapter_sites(model, applied_lora(model))
+    sites = adapter_sites(model, applied_lora(model, adapter), adapter=adapter)
     parameters, written = _written_config(peft_config)
     given = _InMemory(tensors) if isinstance(tensors, Mapping) else tensors
     reader = StackedAdapter(given, written, parameters, sites)

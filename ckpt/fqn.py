@@ -114,17 +114,22 @@ def adapter_parts(module: nn.Module) -> tuple[Collection[str], Collection[str]]:
 
     PEFT's layers name the containers in which they keep one entry an adapter. It makes only the
     active adapter require a gradient, so what is saved must not depend on that: a run that
-    switches between its policy and a frozen reference resumes with both.
+    switches between its policy and a frozen reference resumes with both. A module of this
+    project names what trains in ``adapter_params()``, and in ``frozen_adapter_params()``, if it
+    has that, the parameters of adapters that do not.
 
     Returns:
         Names relative to the module: of parameters, and of children all of whose parameters
         are adapters'.
     """
-    own = getattr(module, "adapter_params", None)
+    own: list[str] = []
+    for method in ("adapter_params", "frozen_adapter_params"):
+        told = getattr(module, method, None)
+        own += told() if callable(told) else []
     containers = getattr(type(module), "adapter_layer_names", ())
     if not isinstance(containers, tuple) or not hasattr(module, "active_adapters"):
         containers = ()
-    return own() if callable(own) else (), [name for name in containers if name in module._modules]
+    return own, [name for name in containers if name in module._modules]
 
 
 class TrainableWalk:

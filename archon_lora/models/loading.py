@@ -181,7 +181,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         # Here and not above: a model without LoRA imports none of its code.
         from archon_lora.adapter import get_adapter_params
 
-        adapter_names = set(get_adapter_params(model))
+        adapter_names = set(get_adapter_params(model, frozen=True))
     tensors = {canonical_fqn(name): tensor for name, tensor in model.state_dict().items()}
     return {name: tensor for name, tensor in tensors.items() if name not in adapter_names}
 
