@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         save_lora_adapter,
         warm_start,
     )
+    from .reference import keep_reference
     from .types import EngineLike, FullWeightSink, SaveLoadMeta, WeightSink
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "WeightSink": "types",
     "clip_grad_norm": "grad_norm",
     "is_lora_adapter_checkpoint": "lora_checkpoint",
+    "keep_reference": "reference",
     "load_lora_adapter": "lora_checkpoint",
     "save_lora_adapter": "lora_checkpoint",
     "warm_start": "lora_checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "WeightSink",
     "clip_grad_norm",
     "is_lora_adapter_checkpoint",
+    "keep_reference",
     "load_lora_adapter",
     "save_lora_adapter",
     "warm_start",

@@ -56,7 +56,11 @@ def build_model(config: EngineConfig, mesh: DeviceMesh, device: torch.device) ->
     if config.lora is not None:
         from archon_lora.apply import apply_lora
 
+        from .reference import add_reference
+
         apply_lora(model, config.lora, name_map=names.module_to_hf)
+        if config.reference == "warm-start":
+            add_reference(model, config.lora)
     spec.parallelize_fn(
         model,
         mesh,

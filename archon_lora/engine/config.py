@@ -14,6 +14,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonFinite = Literal["raise", "skip"]
+Reference = Literal["base", "warm-start"]
 
 
 def _require(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -133,6 +134,10 @@ class EngineConfig:
             (``lora.adapter_dtype``, fp32 by default). With ``bfloat16`` the blocks compute in
             bf16 and gradients are reduced in fp32.
         lora: the adapter; ``None`` is full fine-tuning.
+        reference: what ``logprobs(..., reference=True)`` computes with: the frozen ``base`` alone,
+            or the adapter of the ``warm-start``, frozen as it was then (a policy that begins with
+            an adapter is to stay near that policy, not near the bare base). The second takes
+            the memory of one more adapter without optimizer state, and lies in every checkpoint.
         optimizer: ``None`` for an engine that only runs forward (a reference or a scorer).
         activation_checkpointing: recompute each block in the backward pass.
         compile: compile each block.
@@ -149,6 +154,7 @@ class EngineConfig:
     base_name: str | None = None
     dtype: Dtype = "float32"
     lora: LoRAConfig | None = None
+    reference: Reference = "base"
     optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
     activation_checkpointing: bool = False
     compile: bool = False
@@ -168,7 +174,7 @@ class EngineConfig:
         """
         object.__setattr__(self, "path", str(self.path))
         _require(bool(self.path), "path", "a model directory", self.path)
-        for name, kind in (("dtype", Dtype), ("device", Device)):
+        for name, kind in (("dtype", Dtype), ("device", Device), ("reference", Reference)):
             value: Any = getattr(self, name)
             _require(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
         _require(
@@ -191,3 +197,9 @@ class EngineConfig:
             from archon_lora.config import LoRAConfig
 
             _require(isinstance(self.lora, LoRAConfig), "lora", "a LoRAConfig, or None", self.lora)
+        _require(
+            self.reference == "base" or self.lora is not None,
+            "reference",
+            "'base' without lora: only an adapter can be started from one",
+            self.reference,
+        )

@@ -35,7 +35,7 @@ from .build import BuiltModel, build_model
 from .config import EngineConfig, OptimizerConfig
 from .grad_norm import clip_grad_norm
 from .groups import Groups, close_groups, open_groups
-from .inference import next_token_logprobs, reference_mode
+from .inference import as_reference, next_token_logprobs
 from .schedule import build_optimizer, build_scheduler
 from .types import FullWeightSink, SaveLoadMeta, WeightSink
 
@@ -314,10 +314,11 @@ class ArchonEngine:
 
         Args:
             batch: ``input_ids``, and ``attention_mask`` and ``positions`` where needed.
-            reference: the frozen base alone, with the adapter off (LoRA only).
+            reference: with what ``config.reference`` names instead of the policy (LoRA only).
 
         Raises:
             LoRANotEnabled: ``reference`` without LoRA.
+            EngineNotReady: the reference is to be a warm start's adapter, and there was none.
         """
         model = self.model
         training = model.training
@@ -325,7 +326,7 @@ class ArchonEngine:
         try:
             if not reference:
                 return self._logits(batch_rows(batch, self.device))
-            with reference_mode(model, has_lora=self.lora_config is not None):
+            with as_reference(self):
                 return self._logits(batch_rows(batch, self.device))
         finally:
             model.train(training)
@@ -358,7 +359,8 @@ class ArchonEngine:
         from ckpt import TrainState
 
         if extra is not None:
-            extra.setdefault("policy_version", self.get_version())
+            for name, value in self.extra.items():
+                extra.setdefault(name, value)
             self.extra = extra
         reshard(self.model)
         return TrainState(

@@ -1,30 +1,35 @@
-"""Forward passes without gradients: the frozen reference, and log-probabilities."""
+"""Forward passes without gradients: the reference, and log-probabilities."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archon_lora.errors import LoRANotEnabled
 
+if TYPE_CHECKING:
+    from .engine import ArchonEngine
 
-def reference_mode(model: nn.Module, *, has_lora: bool) -> AbstractContextManager[None]:
-    """Within the block the model is its frozen base.
+
+def as_reference(engine: ArchonEngine) -> AbstractContextManager[None]:
+    """Within the block the engine's model is its reference.
 
     Raises:
-        LoRANotEnabled: there is no frozen base without LoRA.
+        LoRANotEnabled: there is none without LoRA.
+        EngineNotReady: see :func:`archon_lora.engine.reference.reference_mode`.
     """
-    if not has_lora:
+    if engine.lora_config is None:
         msg = (
             "reference=True needs LoRA, whose frozen base is the reference: set use_lora=true "
             "(EngineConfig(lora=LoRAConfig(...))), or keep a second engine with optimizer=None"
         )
         raise LoRANotEnabled(msg)
-    from archon_lora.adapter import adapters_disabled
+    from .reference import reference_mode
 
-    return adapters_disabled(model)
+    return reference_mode(engine)
 
 
 def next_token_logprobs(logits_BSV: Tensor, ids_BS: Tensor, temperature: float) -> Tensor:

@@ -37,6 +37,7 @@ from ckpt.takeover import warm_start as start_from
 from .adapter_stream import AdapterStream, require_lora
 from .agree import agree, attempt, deadline_of, gather_json, rank_of
 from .gather import as_bytes, dtype_name, dtype_named
+from .reference import keep_reference
 from .types import EngineLike
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def warm_start(
 ) -> WarmStart:
     """Begin with the values of an adapter that exists; every rank must call, each reads its part.
 
+    An engine with ``reference="warm-start"`` keeps a frozen copy of it as its reference.
+
     Unlike :func:`load_lora_adapter` it takes the URL of any store, reads no tensor whole, compares
     the base models, and refuses an adapter of another ``alpha / r`` unless told to fold it in.
 
@@ -160,7 +163,7 @@ def warm_start(
         CkptError: see :func:`ckpt.takeover.take_over`; nothing was changed.
     """
     require_lora(engine, f"a warm start from {shown(url)}")
-    return start_from(
+    taken = start_from(
         engine.train_state(),
         url,
         rescale=rescale,
@@ -169,6 +172,9 @@ def warm_start(
         process_group=engine.cpu_group,
         timeout=deadline_of(engine),
     )
+    if engine.config.reference == "warm-start":
+        keep_reference(engine)
+    return taken
 
 
 def shown(path: str | Path) -> str:

@@ -141,6 +141,7 @@ def build_engine(config: TrainConfig) -> ArchonEngine:
                 dtype=config.model.dtype,
                 device=config.model.device,
                 lora=lora,
+                reference=config.reference,
                 optimizer=optimizer,
                 micro_batches=config.optimizer.micro_batches,
                 seed=config.run.seed,

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.decode import decode_section
@@ -62,6 +62,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check what concerns several sections (:class:`TrainConfigError`)."""
+        if self.grpo.reference == "warm-start" and not self.warm_start.url:
+            msg = (
+                "grpo.reference='warm-start' names the adapter that the run begins with, and "
+                "warm_start.url is empty; set it, or set grpo.reference='base'"
+            )
+            raise TrainConfigError(msg)
         source, urls = self.rollout.source, self.engine.urls
         if (source == "local") == bool(urls):
             msg = (
@@ -94,6 +100,13 @@ class TrainConfig:
                 f"rollout.source={source!r} it must be true"
             )
             raise TrainConfigError(msg)
+
+    @property
+    def reference(self) -> Literal["base", "warm-start"]:
+        """What the policy is to stay near to, once ``auto`` is made out."""
+        if self.grpo.reference != "auto":
+            return self.grpo.reference
+        return "warm-start" if self.warm_start.url else "base"
 
     @property
     def ahead(self) -> int:

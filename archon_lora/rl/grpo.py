@@ -82,7 +82,7 @@ def grpo_terms(
     Args:
         logprobs: fp32 ``[N, S]`` of the policy being trained; carries the gradient.
         behaviour: fp32 ``[N, S]`` of the policy that sampled the tokens.
-        reference: fp32 ``[N, S]`` of the frozen base.
+        reference: fp32 ``[N, S]`` of what the policy is to stay near to.
         advantages: fp32 ``[N]``.
         mask: bool ``[N, S]``, True on completion tokens.
         clip: half-width of the interval around 1.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from archon_lora.engine import ArchonEngine
+from archon_lora.engine import ArchonEngine, keep_reference
 from archon_lora.engine.agree import gather_json
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.build import (
@@ -36,7 +36,7 @@ from archon_lora.rl.config import TrainConfig
 from archon_lora.rl.metrics import MetricsWriter, ProgressDisplay
 from archon_lora.rl.rollout import Batch, PromptStream, pack, unpack
 from archon_lora.rl.trainer import train_on
-from archon_lora.rl.warm import begin
+from archon_lora.rl.warm import begin, resume
 from ckpt import CheckpointManager, CkptError, TrainState
 
 _LAST_COMMITS_S = 5.0
@@ -170,10 +170,12 @@ class Run:
             TrainConfigError: a setting differs that the data already sampled depends on.
         """
         if not self.config.checkpoint.fresh:
-            self.restored = self.manager.restore(self.state)
+            self.restored = resume(self.manager, self.state, reference=self.config.reference)
         if self.restored is None:
             warm = begin(self.manager, self.state, self.config.warm_start)
             self.progress.extra["warm_start"] = warm
+            if self.engine.config.reference == "warm-start":
+                keep_reference(self.engine)
             return
         saved = self.progress.extra["settings"]
         for name, value in self.settings.items():

@@ -269,12 +269,16 @@ class GRPOSection:
 
     Attributes:
         clip: half-width of the interval that the policy ratio is clipped to.
-        kl_coef: weight of the KL estimate against the frozen base.
+        kl_coef: weight of the KL estimate against the reference.
+        reference: what the policy is to stay near to: the frozen ``base``, or the adapter of the
+            ``warm-start`` as it was then; ``auto`` is that adapter where ``warm_start.url`` names
+            one, else the base.
         advantage_eps: added to a group's standard deviation.
     """
 
     clip: float = 0.2
     kl_coef: float = 0.01
+    reference: Literal["auto", "base", "warm-start"] = "auto"
     advantage_eps: float = 1e-4
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Beginning a run with an adapter that exists already."""
+"""How a run begins: where it left off, or with an adapter that exists already."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archon_lora.errors import TrainConfigError
+from archon_lora.names import REFERENCE_ADAPTER
 from ckpt import CheckpointManager, TrainState
 from ckpt.errors import ConfigError, DamagedError, NonFiniteError, ObjectNotFound, StateError
 
@@ -30,6 +31,36 @@ class WarmStartSection:
     rescale: bool = False
     any_base: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SLOT = f".adapters.{REFERENCE_ADAPTER}."
+
+
+def resume(manager: CheckpointManager, state: TrainState, *, reference: str) -> int | None:
+    """Go on from the newest committed step, if there is one; on every rank.
+
+    Args:
+        manager: of the run's root.
+        state: what is restored.
+        reference: what the policy is to stay near to, by the settings.
+
+    Returns:
+        The step, or None.
+
+    Raises:
+        TrainConfigError: the steps were made with another kind of reference.
+        CkptError: no step fits for another reason, the store failed, or another rank did.
+    """
+    try:
+        return manager.restore(state)
+    except StateError as error:
+        if _SLOT not in str(error):
+            raise
+        msg = (
+            f"grpo.reference={reference!r} is not what the checkpoint was made with; say which it "
+            f"was ('base' or 'warm-start'), or start over with another root: {error}"
+        )
+        raise TrainConfigError(msg) from error
 
 
 def begin(

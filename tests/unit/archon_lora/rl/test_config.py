@@ -121,6 +121,15 @@ def test_the_resume_key_covers_what_shapes_the_data():
     assert base.resume_key() == longer.resume_key()
 
 
+def test_the_reference_is_the_warm_start_where_there_is_one():
+    assert parse_config(MINIMAL).reference == "base"
+    warm = with_key("warm_start", "url", "somewhere")
+    assert parse_config(warm).reference == "warm-start"
+    assert parse_config({**warm, "grpo": {"reference": "base"}}).reference == "base"
+    with pytest.raises(TrainConfigError, match=r"grpo\.reference='warm-start'.*url is empty"):
+        parse_config(with_key("grpo", "reference", "warm-start"))
+
+
 def test_every_section_has_a_default_or_a_required_key():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == {

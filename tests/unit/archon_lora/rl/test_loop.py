@@ -85,7 +85,9 @@ def test_a_warm_start_begins_where_the_adapter_was_and_a_resume_ignores_it(start
     warm = f"warm_start.url={url}"
     cold = start("cold", "run.steps=1", "optimizer.lr=1e-9")
     begun = start("warm", "run.steps=1", "optimizer.lr=1e-9", warm)
-    assert begun[0]["kl"] != cold[0]["kl"] == 0.0
+    assert begun[0]["kl"] == cold[0]["kl"] == 0.0  # near to what it began with
+    far = start("far", "run.steps=1", "optimizer.lr=1e-9", warm, "grpo.reference=base")
+    assert far[0]["kl"] > 0.0
     (event,) = read_events(tmp_path / "warm.jsonl", "start")
     assert event["warm_start"]["url"] == url
     assert event["warm_start"]["version"] == version.name
@@ -94,6 +96,8 @@ def test_a_warm_start_begins_where_the_adapter_was_and_a_resume_ignores_it(start
     (_, again) = read_events(tmp_path / "warm.jsonl", "start")
     assert again["restored"] == 0
     assert again["warm_start"] == event["warm_start"]
+    with pytest.raises(TrainConfigError, match=r"grpo\.reference='base'.*adapters\.reference\."):
+        start("warm", "run.steps=3", "grpo.reference=base", warm)
     with pytest.raises(TrainConfigError, match=r"warm_start\.url .* rank 8, the live adapter 16"):
         start("other", "lora.rank=16", warm)
 
