@@ -25,6 +25,7 @@ from .config import ServiceConfig
 from .front import Front
 from .limits import Slots
 from .metrics import ServiceMetrics
+from .pages.install import install_pages
 from .roots import Roots
 
 ROUTERS: Final = (
@@ -65,6 +66,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
             yield
         finally:
             await begin_stop()
+            app.state.pages.close()
             await roots.close()
 
     app = FastAPI(
@@ -87,6 +89,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     answers.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    login_path = install_pages(app, roots)
     open_doors = undeclared(app)
     if open_doors:
         msg = f"operations that do not say which scope they need: {', '.join(open_doors)}"
@@ -96,6 +99,6 @@ def create_app(config: ServiceConfig) -> FastAPI:
         gate=gate,
         limits=config.limits,
         metrics=metrics,
-        login_path=None,
+        login_path=login_path,
     )
     return app

@@ -36,11 +36,12 @@ def serving(
     *roots: str | Path,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
+    port: int = 0,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A client of a service over the roots (``NAME=URL`` or a path), which ends with the block."""
     specs = [RootSpec.parse(str(root), options) for root in roots]
-    config = ServiceConfig(specs, port=0, limits=limits or Limits(), drain_s=2.0, **settings)
+    config = ServiceConfig(specs, port=port, limits=limits or Limits(), drain_s=2.0, **settings)
     service = Service(config)
     thread = threading.Thread(target=service.run, name="service")
     thread.start()

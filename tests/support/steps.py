@@ -67,6 +67,7 @@ def write_step(
     policy_version: int | None = None,
     state: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    created: str | None = None,
 ) -> StepManifest:
     """Write and commit a step.
 
@@ -81,6 +82,8 @@ def write_step(
         base: the base model's identity.
         policy_version: the policy version.
         state: content of ``state.json``.
+        metrics: the trainer's values.
+        created: when it was saved; now if None.
     """
     if not storage.exists(writer_path(epoch)) and epoch == 1:
         write_writer(storage, 1)
@@ -117,7 +120,7 @@ def write_step(
         step=step,
         epoch=epoch,
         attempt=attempt,
-        created=utc_now(),
+        created=created or utc_now(),
         writer_version="test",
         world_size=world,
         mesh=None,

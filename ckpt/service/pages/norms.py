@@ -36,6 +36,7 @@ MAX_RANK: Final = 2048
 MAX_MODULES: Final = 100_000
 MAX_ROWS: Final = 64
 MAX_COLUMNS: Final = 256
+_USUAL: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WINDOW: Final = 24 * 1024**2
 _HEAD: Final = 256 * 1024
 _LAYER: Final = re.compile(r"(?:^|\.)([0-9]{1,6})(?:\.|$)")
@@ -216,7 +217,7 @@ def _table(squares: Mapping[str, float]) -> NormTable:
         key = place_of(module)
         cells[key] = cells.get(key, 0.0) + square
     values = {key: math.sqrt(square) for key, square in cells.items()}
-    modules = tuple(dict.fromkeys(module for module, _layer in cells))
+    modules = tuple(sorted({module for module, _layer in cells}, key=_order))
     layers = tuple(sorted({layer for _module, layer in cells}))
     if len(modules) > MAX_ROWS or len(layers) > MAX_COLUMNS:
         msg = f"{len(modules)} kinds of modules in {len(layers)} layers are too many to be shown"
@@ -228,6 +229,13 @@ def _table(squares: Mapping[str, float]) -> NormTable:
         total=math.sqrt(sum(cells.values())),
         largest=max(values.values(), default=0.0),
     )
+
+
+def _order(module: str) -> tuple[str, int, str]:
+    """Attention before the rest, and within a block in the order of computation."""
+    block, _, name = module.rpartition(".")
+    place = _USUAL.index(name) if name in _USUAL else len(_USUAL)
+    return ("" if "attn" in block else block, place, name)
 
 
 def place_of(module: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from typing import Final
 
 from ckpt.timeline import SaveRecord
 
-from .text import rate, span
+from .text import rate, short, span
 
 HEIGHT: Final = 100.0
 STEP: Final = 10.0
@@ -169,7 +169,7 @@ def _bars(
         key=key,
         title=title,
         summary=f"median {show(statistics.median(known))}, highest {show(max(known))}",
-        ticks=(show(top), show(top / 2), "0"),
+        ticks=(short(show(top)), short(show(top / 2)), "0"),
         bars=tuple(bars),
         legend=tuple((kind, word) for kind, word, _value in parts if kind in used),
         width=STEP * slots,

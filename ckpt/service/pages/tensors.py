@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +11,8 @@ from typing import Final
 from ckpt.layout import parse_shard_name
 from ckpt.wire import ChunkRow, FileRow, TensorRow
 
-PAGE: Final = 100
+_NUMBER: Final = re.compile(r"([0-9]{1,9})")
+PAGE: Final = 60
 COLOURS: Final = 8
 """Ranks share so many colours."""
 MOST_PIECES: Final = 64
@@ -101,6 +103,12 @@ def _piece(shape: Sequence[int], chunk: ChunkRow) -> Piece:
         file=chunk.file,
         bytes=chunk.end - chunk.start,
     )
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """A name's place where ``layers.9`` comes before ``layers.10``."""
+    parts = _NUMBER.split(name)
+    return tuple((int(part), "") if at % 2 else (0, part) for at, part in enumerate(parts))
 
 
 def rank_of(file: str) -> int | None:

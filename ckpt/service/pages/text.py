@@ -41,6 +41,12 @@ def span(ms: float | None) -> str:
     return f"{digits(minutes)} min" if minutes < 120 else f"{digits(minutes / 60)} h"
 
 
+def short(label: str) -> str:
+    """A label without zeros that say nothing: ``80.0 ms`` is ``80 ms``."""
+    number, space, unit = label.partition(" ")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
+
+
 def rate(value: float | None) -> str:
     """Bytes a second."""
     return "\N{EN DASH}" if value is None else f"{size(value)}/s"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final, Literal, TypeAlias
 
 from ckpt.catalog import step_dirs
@@ -107,6 +108,22 @@ class Timeline:
     before: str | None
     total: int
     alive: str | None
+
+
+FEWEST: Final = 3
+"""Pruned steps side by side that are shown as one row."""
+
+
+def grouped(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
+    """Entries with pruned neighbours put together; all others are alone."""
+    rows: list[tuple[Entry, ...]] = []
+    for pruned, members in groupby(entries, key=lambda entry: entry.state == "pruned"):
+        group = tuple(members)
+        if pruned and len(group) >= FEWEST:
+            rows.append(group)
+        else:
+            rows += [(entry,) for entry in group]
+    return rows
 
 
 def put_in_order(segments: Iterable[Segment], newest_epoch: int) -> Told:
