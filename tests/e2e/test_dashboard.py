@@ -287,5 +287,5 @@ def test_signing_in_and_out_in_a_browser(browser: Browser, filled: Path, tmp_pat
         browser.until("location.pathname === '/login'")
         browser.goto(f"{address}/runs/run7")
         browser.until("location.pathname === '/login'")
-    assert all("401" in text for text in browser.complaints), browser.complaints
+    assert all("422" in text for text in browser.complaints), browser.complaints
     browser.complaints.clear()

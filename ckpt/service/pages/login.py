@@ -43,7 +43,7 @@ async def login(request: Request) -> Response:
     gate: Gate = request.app.state.gate
     token = _token(await request.body())
     if not token or gate.login(token) is None:
-        return page(request, "login.html", {"problem": "That token is not known."}, status=401)
+        return page(request, "login.html", {"problem": "That token is not known."}, status=422)
     answer = RedirectResponse("/", 303)
     answer.set_cookie(
         COOKIE, token, httponly=True, samesite="strict", secure=request.url.scheme == "https"
