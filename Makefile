@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 test-quant engines faults bench bench-full bench-readme bench-peers \
+.PHONY: help setup demo test test-fast test-s3 test-quant engines layouts faults bench bench-full bench-readme bench-peers \
   lint fmt constraints clean
 
 help: ## show this list
@@ -67,6 +67,10 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 	  $(BIN)/python -m pytest -s tests/compat/test_vllm.py tests/compat/test_vllm_plugin.py \
 	  tests/compat/test_sglang.py tests/compat/test_lint_engines.py tests/compat/test_two_engines.py \
 	  tests/compat/test_rl_engines.py $(PYTEST_ARGS)
+
+layouts: $(STAMP) ## every layout of ranks against every other (make test takes a sample; about 15 minutes)
+	ARCHON_LAYOUTS=full $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	  tests/distributed/test_tensor_parallel.py tests/distributed/test_engine_layouts.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \

@@ -22,6 +22,7 @@ from archon_lora.errors import (
     ArchonLoraError,
     LoRAConfigError,
     ModelLoadError,
+    ParallelConfigError,
     TargetError,
     TrainConfigError,
 )
@@ -38,6 +39,7 @@ _SETTINGS_ERRORS = (
     LoRAConfigError,
     TargetError,
     ModelLoadError,
+    ParallelConfigError,
     ConfigError,
     UnrestoredRoot,
 )

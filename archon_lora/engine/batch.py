@@ -41,6 +41,29 @@ def batch_rows(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def check_same_rows(batch: Batch, groups: Groups) -> None:
+    """Make sure that ranks which share layers were given the same rows.
+
+    Raises:
+        ValueError: they were not; on all ranks that share layers.
+    """
+    if groups.mesh.tp is None:
+        return
+    ids = batch["input_ids"]
+    places = torch.arange(1, ids.numel() + 1, device=ids.device)
+    seen = torch.stack([*map(ids.new_tensor, ids.shape), (ids.flatten() * places).sum()])
+    # The largest of a number and of its opposite: equal but for the sign where all agree.
+    both = torch.cat((seen, -seen))
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=groups.mesh.tp.get_group())
+    most, least = both.chunk(2)
+    if not torch.equal(most, -least):
+        msg = (
+            "ranks of one tensor-parallel group were given different input_ids; split a batch by "
+            "engine.dp_rank and engine.dp_size, not by rank"
+        )
+        raise ValueError(msg)
+
+
 def default_weight(batch: Batch) -> float:
     """The number of rows."""
     return float(batch["input_ids"].shape[0])
@@ -55,6 +78,7 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
         ValueError: on every rank, if a rank has a malformed batch or fewer rows than parts.
     """
     problem: ValueError | None = None
+    on_device: dict[str, Tensor] = {}
     parts: list[dict[str, Tensor]] = []
     try:
         on_device = batch_rows(batch, groups.device)
@@ -72,6 +96,7 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
     if int(failed):
         msg = f"{int(failed)} other rank(s) have a batch that cannot be used; see their errors"
         raise ValueError(msg)
+    check_same_rows(on_device, groups)
     return parts
 
 
@@ -82,7 +107,7 @@ def _check_rows(rows: int, micro_batches: int) -> None:
 
 
 def total_weight(weights: list[float], groups: Groups) -> float:
-    """Sum of the weights of all micro batches of all ranks.
+    """Sum of the weights of all micro batches of all rows.
 
     Raises:
         ValueError: on every rank, if a weight is negative or not finite, or all are zero.
@@ -90,7 +115,7 @@ def total_weight(weights: list[float], groups: Groups) -> float:
     good = all(math.isfinite(w) and w >= 0 for w in weights)
     mine = sum(weights) if good else math.nan
     total = torch.tensor([mine], dtype=torch.float64, device=groups.device)
-    dist.all_reduce(total, group=groups.world)
+    dist.all_reduce(total, group=groups.dp_group)
     if not float(total) > 0:
         msg = (
             "the weights of a batch must be finite, >= 0 and not all zero; "
@@ -103,5 +128,5 @@ def total_weight(weights: list[float], groups: Groups) -> float:
 def reduce_losses(losses: list[Tensor], groups: Groups) -> float:
     """Sum of weighted losses (0-d, float64) over micro batches and ranks."""
     total = torch.stack(losses).sum().reshape(1)
-    dist.all_reduce(total, group=groups.world)
+    dist.all_reduce(total, group=groups.dp_group)
     return float(total)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
+from archon_lora.errors import ParallelConfigError
 from archon_lora.models import BaseStateDictAdapter, get_model_spec, load_hf_weights
 from archon_lora.models.hf_files import read_config
+from archon_lora.models.parallel_dims import ParallelMesh
 
 from .config import EngineConfig
 
@@ -26,7 +27,7 @@ class BuiltModel:
     state_dict_adapter: BaseStateDictAdapter
 
 
-def build_model(config: EngineConfig, mesh: DeviceMesh, device: torch.device) -> BuiltModel:
+def build_model(config: EngineConfig, mesh: ParallelMesh, device: torch.device) -> BuiltModel:
     """Build on the meta device, adapt, shard, materialise, load, in that order.
 
     Adapters go in before sharding, so that FSDP places them, and get their values after
@@ -35,7 +36,7 @@ def build_model(config: EngineConfig, mesh: DeviceMesh, device: torch.device) ->
 
     Args:
         config: model directory, dtype, adapter, recomputation and compilation.
-        mesh: one dimension to shard over.
+        mesh: how the ranks are laid out.
         device: where the shards go.
 
     Returns:
@@ -44,7 +45,11 @@ def build_model(config: EngineConfig, mesh: DeviceMesh, device: torch.device) ->
     Raises:
         ModelLoadError: the directory cannot be loaded.
         TargetError: the adapter's targets do not fit the model.
+        ParallelConfigError: the layout does not fit the model.
     """
+    if mesh.pp is not None:
+        msg = f"parallel.pp={mesh.dims.pp}: this engine does not split a model into stages"
+        raise ParallelConfigError(msg)
     raw = read_config(Path(config.path))
     spec = get_model_spec(str(raw.get("model_type")))
     model_config = spec.config_cls.from_hf(raw)
@@ -79,3 +84,20 @@ def build_model(config: EngineConfig, mesh: DeviceMesh, device: torch.device) ->
 
         initialise_adapters(model)
     return BuiltModel(model.train(), model_config, names)
+
+
+def trainable_params(model: nn.Module, *, has_lora: bool) -> list[nn.Parameter]:
+    """What the optimizer updates: the adapter's parameters, or all of them without LoRA.
+
+    Raises:
+        NoAdapterError: LoRA is on, but the model has no adapter.
+    """
+    if not has_lora:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    from archon_lora.adapter import get_adapter_params
+    from archon_lora.errors import NoAdapterError
+
+    if params := list(get_adapter_params(model).values()):
+        return params
+    msg = f"LoRA is on, but {type(model).__name__} has no adapter parameters"
+    raise NoAdapterError(msg)

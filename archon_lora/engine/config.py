@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from archon_lora.errors import ParallelConfigError
+from archon_lora.models.parallel_dims import ParallelDims
+
 if TYPE_CHECKING:
     # Only the type checker needs the class: without LoRA its module must never be imported.
     from archon_lora.config import LoRAConfig
@@ -138,6 +141,7 @@ class EngineConfig:
             or the adapter of the ``warm-start``, frozen as it was then (a policy that begins with
             an adapter is to stay near that policy, not near the bare base). The second takes
             the memory of one more adapter without optimizer state, and lies in every checkpoint.
+        parallel: how the ranks are laid out; by default all of them share one copy (FSDP2).
         optimizer: ``None`` for an engine that only runs forward (a reference or a scorer).
         activation_checkpointing: recompute each block in the backward pass.
         compile: compile each block.
@@ -155,6 +159,7 @@ class EngineConfig:
     dtype: Dtype = "float32"
     lora: LoRAConfig | None = None
     reference: Reference = "base"
+    parallel: ParallelDims = field(default_factory=ParallelDims)
     optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
     activation_checkpointing: bool = False
     compile: bool = False
@@ -171,6 +176,7 @@ class EngineConfig:
 
         Raises:
             ValueError: a value out of range; names the field, what was given and what is wanted.
+            ParallelConfigError: a layout that does not go with the adapter.
         """
         object.__setattr__(self, "path", str(self.path))
         _require(bool(self.path), "path", "a model directory", self.path)
@@ -183,6 +189,7 @@ class EngineConfig:
             "an OptimizerConfig, or None for an engine that does not train",
             self.optimizer,
         )
+        _require(isinstance(self.parallel, ParallelDims), "parallel", "ParallelDims", self.parallel)
         for name in ("activation_checkpointing", "compile"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, "true or false", value)
@@ -197,6 +204,14 @@ class EngineConfig:
             from archon_lora.config import LoRAConfig
 
             _require(isinstance(self.lora, LoRAConfig), "lora", "a LoRAConfig, or None", self.lora)
+            dropout = self.lora.dropout
+            if dropout and self.parallel.tp > 1:
+                msg = (
+                    f"lora.dropout={dropout:g} does not go with parallel.tp={self.parallel.tp}: "
+                    "ranks that share a layer would draw different masks for the same input, and "
+                    "their copies of A would drift apart; set lora.dropout to 0"
+                )
+                raise ParallelConfigError(msg)
         _require(
             self.reference == "base" or self.lora is not None,
             "reference",

@@ -31,7 +31,7 @@ from .batch import (
     split_batch,
     total_weight,
 )
-from .build import BuiltModel, build_model
+from .build import BuiltModel, build_model, trainable_params
 from .config import EngineConfig, OptimizerConfig
 from .grad_norm import clip_grad_norm
 from .groups import Groups, close_groups, open_groups
@@ -164,6 +164,16 @@ class ArchonEngine:
         return self.groups.world_size
 
     @property
+    def dp_rank(self) -> int:
+        """Which part of a batch this rank computes; ranks that share layers have the same."""
+        return self.groups.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts a batch is split."""
+        return self.groups.dp_size
+
+    @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.groups.device
@@ -186,15 +196,7 @@ class ArchonEngine:
         Raises:
             NoAdapterError: LoRA is on, but the model has no adapter.
         """
-        if self.lora_config is not None:
-            from archon_lora.adapter import get_adapter_params
-            from archon_lora.errors import NoAdapterError
-
-            if params := list(get_adapter_params(self.model).values()):
-                return params
-            msg = f"LoRA is on, but {type(self.model).__name__} has no adapter parameters"
-            raise NoAdapterError(msg)
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return trainable_params(self.model, has_lora=self.lora_config is not None)
 
     def get_version(self) -> int:
         """The policy version that the weights stand for."""
@@ -238,9 +240,9 @@ class ArchonEngine:
         ranks, so it does not depend on how the same rows are spread over ranks.
 
         Args:
-            batch: this rank's rows: tensors whose first dimension is the row. ``input_ids``
-                ``[B, S]``; ``attention_mask`` and ``positions`` are given to the model where
-                present; the rest is for the loss.
+            batch: this rank's rows, by ``dp_rank`` and ``dp_size``: tensors whose first dimension
+                is the row. ``input_ids`` ``[B, S]``; ``attention_mask`` and ``positions`` are given
+                to the model where present; the rest is for the loss.
             loss_fn: the mean loss of a micro batch. It must depend on the logits even where
                 everything is masked: FSDP's collectives run in the backward pass.
             loss_weight_fn: weight of a micro batch; by default the number of rows.
@@ -262,7 +264,7 @@ class ArchonEngine:
                 self.model.set_requires_gradient_sync(index == len(parts) - 1)
             loss = loss_fn(self._logits(part), part)
             # FSDP averages over ranks, but the weights already make a mean over all of them.
-            scaled = loss * (weight / total * groups.world_size)
+            scaled = loss * (weight / total * groups.dp_size)
             scaled.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach().double() * (weight / total))
         return reduce_losses(losses, groups)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from archon_lora.errors import ParallelConfigError
+from archon_lora.models.parallel_dims import ParallelMesh, build_mesh
 
 from .config import EngineConfig
 
@@ -20,7 +22,7 @@ class Groups:
     Attributes:
         world: the ranks that train together.
         cpu_group: a gloo group over the same ranks, for checkpoints alone.
-        mesh: one dimension, over which parameters are sharded.
+        mesh: how the ranks are laid out.
         device: where this rank computes.
         rank: in ``world``.
         world_size: of ``world``.
@@ -29,11 +31,26 @@ class Groups:
 
     world: dist.ProcessGroup
     cpu_group: dist.ProcessGroup
-    mesh: DeviceMesh
+    mesh: ParallelMesh
     device: torch.device
     rank: int
     world_size: int
     owns_default: bool
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that have rows of their own, for the same part of the model."""
+        return self.mesh.dp.get_group()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows this rank has; ranks of one ``tp`` group have the same."""
+        return self.mesh.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.mesh.dims.dp
 
 
 def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = None) -> Groups:
@@ -51,6 +68,7 @@ def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = 
 
     Raises:
         RuntimeError: ``device="cuda"`` where there is no CUDA device.
+        ParallelConfigError: the layout does not fit the number of ranks.
     """
     device = _device(config)
     owns_default = not dist.is_initialized()
@@ -62,6 +80,12 @@ def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = 
         raise RuntimeError(msg)
     rank = dist.get_rank(world)
     size = dist.get_world_size(world)
+    try:
+        config.parallel.resolve(size)
+    except ParallelConfigError:
+        if owns_default:
+            dist.destroy_process_group()
+        raise
     # Its own group, for its own traffic: the default one may be inside a training collective.
     cpu_group = dist.new_group(
         ranks=dist.get_process_group_ranks(world),
@@ -73,10 +97,7 @@ def open_groups(config: EngineConfig, process_group: dist.ProcessGroup | None = 
     if cpu_group is None or rank < 0:
         msg = "this process is not a member of the process group it was given"
         raise RuntimeError(msg)
-    if process_group is None:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp",))
-    else:
-        mesh = DeviceMesh.from_group(world, device.type, mesh_dim_names=("dp",))
+    mesh = build_mesh(config.parallel, device.type, process_group=process_group)
     return Groups(
         world=world,
         cpu_group=cpu_group,

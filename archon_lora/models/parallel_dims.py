@@ -67,7 +67,7 @@ class ParallelDims:
             msg = f"sequence_parallel must be true or false, got {flag!r}"
             raise ParallelConfigError(msg)
         if self.sequence_parallel and self.tp == 1:
-            msg = "sequence_parallel shards activations over the tp ranks: set tp above 1"
+            msg = "sequence_parallel splits activations over the tp ranks: set tp above 1"
             raise ParallelConfigError(msg)
         if self.dp_shard != -1 and self.dp_shard % self.ep:
             msg = f"ep must divide dp_shard, got ep={self.ep} and dp_shard={self.dp_shard}"

@@ -142,6 +142,7 @@ def build_engine(config: TrainConfig) -> ArchonEngine:
                 device=config.model.device,
                 lora=lora,
                 reference=config.reference,
+                parallel=config.parallel,
                 optimizer=optimizer,
                 micro_batches=config.optimizer.micro_batches,
                 seed=config.run.seed,

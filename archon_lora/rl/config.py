@@ -1,7 +1,7 @@
 """The settings of a training run: TOML in, frozen dataclasses out.
 
-Every section is one dataclass of :mod:`archon_lora.rl.sections`; a key that no dataclass knows is
-an error that names it.
+Every section is one dataclass, most of :mod:`archon_lora.rl.sections`; a key that no dataclass
+knows is an error that names it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from archon_lora.errors import TrainConfigError
+from archon_lora.models.parallel_dims import ParallelDims
 from archon_lora.rl.decode import decode_section
 from archon_lora.rl.sections import (
     CheckpointSection,
@@ -53,6 +54,7 @@ class TrainConfig:
     checkpoint: CheckpointSection
     run: RunSection = field(default_factory=RunSection)
     lora: LoRASection = field(default_factory=LoRASection)
+    parallel: ParallelDims = field(default_factory=ParallelDims)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     task: TaskSection = field(default_factory=TaskSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)

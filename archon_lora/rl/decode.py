@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from archon_lora.errors import TrainConfigError
+from archon_lora.errors import ParallelConfigError, TrainConfigError
 
 S = TypeVar("S")
 
@@ -47,7 +47,11 @@ def decode_section(kind: type[S], data: object, where: str) -> S:
             raise TrainConfigError(msg)
     hints = typing.get_type_hints(kind)
     values = {key: _decode(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ParallelConfigError as err:
+        msg = f"{where}.{err}"  # its messages begin with the name of the setting
+        raise TrainConfigError(msg) from err
 
 
 def _decode(hint: Any, value: object, where: str) -> Any:

@@ -56,7 +56,8 @@ def train_on(
     advantages = group_advantages(
         rewards, config.rollout.group_size, config.grpo.advantage_eps
     ).float()
-    mine = share(len(batch.samples), engine.rank, engine.world_size)
+    # By rows, not by rank: ranks that share layers compute the same ones.
+    mine = share(len(batch.samples), engine.dp_rank, engine.dp_size)
     rows = collate([batch.samples[i] for i in mine], advantages[mine.start : mine.stop])
     rows["reference"] = engine.logprobs(rows, reference=True).cpu()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -80,7 +81,8 @@ def train_on(
 
     done = engine.train_batch(rows, loss_fn, loss_weight_fn=_completion_tokens)
     dist.all_reduce(sums, group=group)
-    kl, clipped, tokens = sums.tolist()
+    # Every row was counted by each of the ranks that compute it.
+    kl, clipped, tokens = (sums * engine.dp_size / engine.world_size).tolist()
     return StepResult(
         reward=rewards.mean().item(),
         loss=done["loss"],

@@ -73,7 +73,7 @@ def train(
     """Updates on batches that depend on the step alone, shared over the ranks."""
     done = []
     for step in range(first, first + steps):
-        mine = my_rows(batch_of(rows, seed=step), engine.rank, engine.world_size)
+        mine = my_rows(batch_of(rows, seed=step), engine.dp_rank, engine.dp_size)
         done.append(engine.train_batch(mine, masked_loss, loss_weight_fn=masked_tokens))
     return done
 

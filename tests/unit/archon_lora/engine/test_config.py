@@ -9,6 +9,8 @@ import pytest
 
 from archon_lora.config import LoRAConfig
 from archon_lora.engine import EngineConfig, OptimizerConfig, SaveLoadMeta
+from archon_lora.errors import ParallelConfigError
+from archon_lora.models.parallel_dims import ParallelDims
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_a_decay_needs_its_end() -> None:
         ("dtype", "fp8", "dtype must be one of float32, bfloat16, got 'fp8'"),
         ("device", "tpu", "device must be one of auto, cpu, cuda, got 'tpu'"),
         ("lora", {"rank": 8}, r"lora must be a LoRAConfig, or None, got \{'rank': 8\}"),
+        ("parallel", {"tp": 2}, r"parallel must be ParallelDims, got \{'tp': 2\}"),
         ("optimizer", "adamw", "optimizer must be an OptimizerConfig, or None"),
         ("micro_batches", 0, "micro_batches must be an integer >= 1, got 0"),
         ("compile", 1, "compile must be true or false, got 1"),
@@ -79,3 +82,10 @@ def test_configs_are_frozen_and_compare_by_value() -> None:
 def test_save_load_meta(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SaveLoadMeta(**values)
+
+
+def test_dropout_does_not_go_with_tensor_parallelism() -> None:
+    lora = LoRAConfig(rank=2, dropout=0.1)
+    EngineConfig(path="model", lora=lora, parallel=ParallelDims(dp_replicate=2))
+    with pytest.raises(ParallelConfigError, match=r"lora.dropout=0.1 does not go with parallel.tp"):
+        EngineConfig(path="model", lora=lora, parallel=ParallelDims(tp=2))

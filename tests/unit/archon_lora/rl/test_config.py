@@ -134,8 +134,15 @@ def test_every_section_has_a_default_or_a_required_key():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == {
         "model", "checkpoint", "run", "lora", "optimizer", "task", "rollout", "engine", "grpo",
-        "warm_start",
+        "parallel", "warm_start",
     }  # fmt: skip
+
+
+def test_a_layout_that_cannot_be_names_its_key():
+    with pytest.raises(TrainConfigError, match=r"parallel.tp must be an integer >= 1, got 0"):
+        parse_config(with_key("parallel", "tp", 0))
+    with pytest.raises(TrainConfigError, match=r"unknown key parallel.dp; "):
+        parse_config(with_key("parallel", "dp", 2))
 
 
 ENGINE = {"rollout": {"source": "vllm"}, "engine": {"urls": ["http://127.0.0.1:8000"]}}
