@@ -6,8 +6,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from archon_lora.errors import ParallelConfigError
-
 from .decoder import Decoder, TransformerBlock
 from .parallel_dims import ParallelMesh, mesh_of
 
@@ -58,9 +56,6 @@ def parallelize(
             raise ValueError(msg)  # noqa: TRY004 - the class is the sign of a wrong order of calls
         blocks.append(block)
     layout = mesh if isinstance(mesh, ParallelMesh) else mesh_of(mesh)
-    if layout.ep is not None:
-        msg = f"ep={layout.dims.ep}: {type(model).__name__} does not share experts out over ranks"
-        raise ParallelConfigError(msg)
     if layout.tp is not None:
         from .tensor_plan import split_tensors
 

@@ -68,10 +68,17 @@ def split_tensors(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool =
         sequence_parallel: split activations between the matrices by position.
 
     Raises:
-        ParallelConfigError: heads or widths that do not divide, or a module without a rule.
+        ParallelConfigError: heads or widths that do not divide, a module without a rule, or a
+            pipeline stage with sequence parallelism.
         LoRAConfigError: an adapter with dropout.
     """
     _check_divides(model, mesh.size())
+    if sequence_parallel and not (model.embeds and model.predicts):
+        msg = (
+            "sequence_parallel does not go with pp above 1: stages hand whole sequences to each "
+            "other; set one of them back"
+        )
+        raise ParallelConfigError(msg)
     stream: Placement = BY_SEQUENCE if sequence_parallel else WHOLE
     planned = [(name, module, rule(stream)) for name, module, rule in _match(model)]
     for _, module, style in planned:

@@ -176,7 +176,7 @@ def test_layouts_that_do_not_fit(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         said = result["misfits"]
         assert said["world"].startswith("ParallelConfigError: 4 ranks cannot be laid out as pp=1")
-        assert "does not share experts out" in said["ep"]
+        assert "ep=2, but the model has no experts" in said["ep"]
 
 
 def test_a_run_is_the_same_on_any_layout_and_goes_on_from_any(

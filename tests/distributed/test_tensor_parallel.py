@@ -184,6 +184,7 @@ def test_what_cannot_be_split(ranks: list[dict[str, Any]]) -> None:
         assert "TargetError: the style is for LoRALinear, got Linear" in refused["not adapted"]
         assert "sharded already" in refused["twice"]
         assert "no rule for extra.weight" in refused["no rule"]
+        assert "sequence_parallel does not go with pp" in refused["stage"]
         assert "KVCache does not go with sequence parallelism" in refused["cache"]
 
 

@@ -20,6 +20,7 @@ from archon_lora.init import initial_value
 from archon_lora.models import KVCache, get_model_spec, load_hf_weights
 from archon_lora.models.hf_files import read_config
 from archon_lora.models.parallel_dims import ParallelDims, ParallelMesh, build_mesh
+from archon_lora.models.pipeline import split_decoder
 from archon_lora.models.tensor_plan import split_tensors
 from archon_lora.parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from archon_lora.placement import copy_global_, reshard
@@ -232,24 +233,27 @@ def _message(call: Callable[[], object]) -> str:
 def refusals(rank: int, world: int, directory: str) -> dict[str, str]:
     """What cannot be split, as the error says it."""
     tp = ParallelDims(tp=2)
-    mesh = init_device_mesh("cpu", (world,))
+    line = init_device_mesh("cpu", (world,))
     dropping = LoRAConfig(rank=2, dropout=0.1)
     bare = Net()
     twice = net(2)
-    parallelize_module(twice, mesh, {"up": LoRAColwiseParallel()})
+    parallelize_module(twice, line, {"up": LoRAColwiseParallel()})
     strange = get_model_spec("qwen2").model_cls(
         get_model_spec("qwen2").config_cls.from_hf(directory)
     )
+    mesh = build_mesh(tp, "cpu").tp
+    stage = split_decoder(strange, 2, [0])[0]
     strange.extra = nn.Linear(2, 2)
     return {
         "dropout": _message(lambda: build(Case(directory, tp, dropping))),
         "world": _message(lambda: build(Case(directory, ParallelDims(tp=3)))),
         "heads": _message(lambda: build(Case(directory, ParallelDims(tp=4)))),
         "not adapted": _message(
-            lambda: parallelize_module(bare, mesh, {"up": LoRAColwiseParallel()})
+            lambda: parallelize_module(bare, line, {"up": LoRAColwiseParallel()})
         ),
-        "twice": _message(lambda: parallelize_module(twice, mesh, {"up": LoRAColwiseParallel()})),
-        "no rule": _message(lambda: split_tensors(strange, build_mesh(tp, "cpu").tp)),
+        "twice": _message(lambda: parallelize_module(twice, line, {"up": LoRAColwiseParallel()})),
+        "no rule": _message(lambda: split_tensors(strange, mesh)),
+        "stage": _message(lambda: split_tensors(stage, mesh, sequence_parallel=True)),
         "cache": _message(lambda: _with_cache(directory)),
     }
 
