@@ -7,7 +7,6 @@ one before it is still being written. Both are allocated once for a layout.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from .dtypes import TORCH_DTYPES
 from .errors import PlanError, SaveAborted
+from .memory import bytes_of
 from .plan import Piece
 from .shard import ShardLayout
 from .storage.posix_write import PAGE
@@ -61,13 +61,7 @@ class Slot:
 
     def buffer(self) -> memoryview:
         """The file's bytes; they stay in memory for as long as a view of them lives."""
-        # ctypes instead of Tensor.numpy(): NumPy is not a dependency.
-        pointer = self._memory.data_ptr()
-        array = (ctypes.c_char * self.nbytes).from_address(pointer)
-        # Every view keeps the array, but a bare address keeps nothing: without this a view that
-        # outlives the slot would read memory that is no longer the slot's.
-        array.owner = self._memory  # type: ignore[attr-defined]  # for this alone
-        return memoryview(array).cast("B")
+        return bytes_of(self._memory)
 
     def fill(self, sources: Sequence[torch.Tensor], stream: torch.cuda.Stream | None) -> None:
         """Copy the local tensors in; on CUDA the copy is only started.

@@ -4,8 +4,8 @@
 shards and yields the file from front to back, so the result depends on the values alone and
 never on how many ranks wrote them.
 
-Memory: one piece of at most :data:`PIECE_BYTES` in fp32 (or one row of a tensor, if a row
-is larger), its bytes before and after conversion, and what the source caches.
+Memory: one piece of at most :data:`PIECE_BYTES` (or one row, if it is larger, of a tensor that has
+to be put together), before and after conversion, and what the source caches.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any, Final
 import torch
 
 from .adapter_plan import AdapterPlan, PlannedTensor, plan_adapter
+from .adapter_runs import Run, runs
 from .catalog import find_step
 from .dtypes import TORCH_DTYPES
 from .errors import DamagedError, NoCheckpoint, NonFiniteError
+from .memory import bytes_of
 from .peft import WeightsFile, WrittenAdapter, local_directory, write_adapter_dir
 from .peft_config import EXPORT_DTYPES
 from .source import CACHE_BYTES, MemorySource, StepSource, TensorSource
@@ -29,7 +31,8 @@ from .storage import open_storage
 from .types import AdapterExport, Chunk, TensorRule
 
 PIECE_BYTES: Final = 4 * 1024 * 1024
-"""Largest fp32 block that is converted at once, unless a single row is larger."""
+"""Largest block that is converted at once, unless a single row is larger. It stays in a processor's
+cache from the check of its values until it is written and summed up."""
 
 
 def stream_adapter(plan: AdapterPlan, source: TensorSource) -> Iterator[memoryview]:
@@ -52,48 +55,49 @@ def stream_adapter(plan: AdapterPlan, source: TensorSource) -> Iterator[memoryvi
     """
     yield memoryview(plan.header)
     dtype, _ = EXPORT_DTYPES[plan.dtype]
-    for tensor in plan.tensors:
-        rows = tensor.shape[0]
-        step = max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
-        whole = _is_whole(tensor)
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            if whole:
-                yield _convert_rows(tensor, first, last, source, dtype)
-                continue
-            block = _read_rows(tensor, first, last, source)
-            if tensor.rule.scale != 1.0:
-                block.mul_(tensor.rule.scale)
-            yield _encode(block, dtype, tensor.rule)
+    for part in runs(plan.tensors):
+        if isinstance(part, Run):
+            yield from _stream_run(part, source, dtype)
+        else:
+            yield from _stream_rows(part, source, dtype)
 
 
-def _is_whole(tensor: PlannedTensor) -> bool:
-    """Whether the tensor is one stored chunk as it is, so that at most its dtype changes."""
-    record, rule = tensor.record, tensor.rule
-    return (
-        rule.scale == 1.0
-        and rule.index is None
-        and tensor.shape == tuple(record.shape)
-        and len(record.chunks) == 1
-        and TORCH_DTYPES[record.dtype] in {torch.float32, torch.bfloat16, torch.float16}
-    )
+def _stream_run(run: Run, source: TensorSource, dtype: torch.dtype) -> Iterator[memoryview]:
+    """Pieces of a run: the source's own memory where nothing changes."""
+    size, stays = run.stored.itemsize, run.stays(dtype)
+    step = max(1, PIECE_BYTES // max(size, dtype.itemsize))
+    origin = run.chunk.start
+    for low in range(0, run.elements, step):
+        high = min(low + step, run.elements)
+        data = _read_exactly(source, run.chunk, origin + low * size, origin + high * size)
+        values = torch.frombuffer(data, dtype=run.stored)
+        out = values if stays else torch.empty(high - low, dtype=dtype)
+        if not stays:
+            for tensor, place in run.parts(low, high):
+                out[place].copy_(_scaled(values[place], tensor.rule))
+        if not _is_finite(out):
+            for tensor, place in run.parts(low, high):
+                _refuse_non_finite(out[place], _scaled(values[place], tensor.rule), tensor.rule)
+        yield data if stays else bytes_of(out)
 
 
-def _convert_rows(
-    tensor: PlannedTensor, first: int, last: int, source: TensorSource, dtype: torch.dtype
-) -> memoryview:
-    """Rows ``[first, last)`` of a whole tensor: the source's own memory if nothing changes."""
-    (chunk,) = tensor.record.chunks
-    stored = TORCH_DTYPES[tensor.record.dtype]
-    row_bytes = math.prod(tensor.shape[1:]) * stored.itemsize
-    data = _read_exactly(
-        source, chunk, chunk.start + first * row_bytes, last * row_bytes + chunk.start
-    )
-    values = torch.frombuffer(data, dtype=stored)
-    if stored != dtype:
-        return _encode(values, dtype, tensor.rule)
-    _refuse_non_finite(values, values, tensor.rule)
-    return memoryview(data)
+def _scaled(values: torch.Tensor, rule: TensorRule) -> torch.Tensor:
+    return values if rule.scale == 1.0 else values.float() * rule.scale
+
+
+def _stream_rows(
+    tensor: PlannedTensor, source: TensorSource, dtype: torch.dtype
+) -> Iterator[memoryview]:
+    """Pieces of a tensor that has to be put together."""
+    rows = tensor.shape[0]
+    step = max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
+    for first in range(0, rows, step):
+        block = _read_rows(tensor, first, min(first + step, rows), source)
+        if tensor.rule.scale != 1.0:
+            block.mul_(tensor.rule.scale)
+        out = block.view(-1).to(dtype)
+        _refuse_non_finite(out, block, tensor.rule)
+        yield bytes_of(out)
 
 
 def _read_rows(tensor: PlannedTensor, first: int, last: int, source: TensorSource) -> torch.Tensor:
@@ -135,12 +139,9 @@ def _read_exactly(source: TensorSource, chunk: Chunk, start: int, end: int) -> m
     return memoryview(bytearray(data)) if data.readonly else data
 
 
-def _encode(block: torch.Tensor, dtype: torch.dtype, rule: TensorRule) -> memoryview:
-    buffer = bytearray(block.numel() * dtype.itemsize)
-    out = torch.frombuffer(buffer, dtype=dtype)
-    out.copy_(block.view(-1))
-    _refuse_non_finite(out, block, rule)
-    return memoryview(buffer)
+def _is_finite(values: torch.Tensor) -> bool:
+    # The extremes carry NaN and infinity along, at a small part of an element-wise test's cost.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
 
 
 def _refuse_non_finite(out: torch.Tensor, block: torch.Tensor, rule: TensorRule) -> None:
@@ -149,8 +150,7 @@ def _refuse_non_finite(out: torch.Tensor, block: torch.Tensor, rule: TensorRule)
     Raises:
         NonFiniteError: says whether the values or the dtype are at fault.
     """
-    # The extremes carry NaN and infinity along, at a small part of an element-wise test's cost.
-    if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(out)):
+    if _is_finite(out):
         return
     name = f"{rule.key!r} (from {rule.source!r})"
     if bool(torch.isfinite(block).all()):

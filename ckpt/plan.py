@@ -36,7 +36,7 @@ from .coverage import tiling_problem
 from .dtypes import TORCH_DTYPES, dtype_code
 from .errors import PlanError
 from .shard import ShardLayout, ShardTensor
-from .types import Chunk, TensorRecord
+from .types import MODEL_PREFIX, AdapterExport, Chunk, TensorRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,20 @@ def local_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
                 )
             )
     return pieces
+
+
+def adapter_first(pieces: Sequence[Piece], export: AdapterExport | None) -> list[Piece]:
+    """The pieces in the order of a published adapter's file, and behind them all others.
+
+    What lies in a snapshot as it will lie in that file is written and summed up in long runs.
+    """
+    if export is None:
+        return list(pieces)
+    keys: dict[str, str] = {}
+    for rule in export.rules:
+        name = MODEL_PREFIX + rule.source
+        keys[name] = min(rule.key, keys.get(name, rule.key))
+    return sorted(pieces, key=lambda piece: (piece.name not in keys, keys.get(piece.name, "")))
 
 
 def difference(first: Sequence[Piece], other: Sequence[Piece], rank: int) -> str | None:

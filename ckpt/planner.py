@@ -18,6 +18,7 @@ from .job import look_topic, plan_topic, save_topic
 from .plan import (
     Layout,
     Piece,
+    adapter_first,
     assign,
     every_tensor,
     extra_records,
@@ -30,7 +31,7 @@ from .restore import RestoreReport
 from .storage import Storage
 from .tier_group import TierGroup
 from .train_state import NOTHING_TRAINS
-from .types import TensorRecord
+from .types import AdapterExport, TensorRecord
 from .vote import Board, RemoteFailure
 
 
@@ -108,6 +109,7 @@ class Planner:
         *,
         resumable: bool,
         parted: bool,
+        export: AdapterExport | None = None,
     ) -> tuple[CachedLayout, bool, int]:
         """The cached layout, or a new one that all ranks agree on.
 
@@ -117,6 +119,7 @@ class Planner:
             tensors: this rank's.
             resumable: whether optimizer state is among them.
             parted: whether other ranks may hold other tensors.
+            export: how an adapter is made of them: the order that a new layout has them in.
         """
         kind = _kind(resumable=resumable)
         cached = self._cache.get(kind)
@@ -135,7 +138,8 @@ class Planner:
                 return cached, False, self._epoch
         if print_ is None:
             print_ = fingerprint(tensors, self._board.world)
-        layout, epoch = self._plan(seq, step, kind, tensors, print_, parted=parted)
+        held = adapter_first(local_pieces(tensors), export)
+        layout, epoch = self._plan(seq, step, kind, tensors, print_, held, parted=parted)
         on_cuda = any(tensor.is_cuda for tensor in tensors.values())
         if cached is not None and cached.layout.mine == layout.mine:
             arena = cached.arena  # the same bytes in the same places: keep the memory
@@ -185,13 +189,13 @@ class Planner:
         kind: str,
         tensors: dict[str, torch.Tensor],
         print_: str,
+        held: list[Piece],
         *,
         parted: bool,
     ) -> tuple[Layout, int]:
         """Agree with the other ranks about the layout, and about who writes to this root."""
         board = self._board
         topic = plan_topic(seq)
-        held = local_pieces(tensors)
         mine_said = {"step": step, "kind": kind, "parted": parted}
         board.mark(topic)
         board.answer(

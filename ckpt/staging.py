@@ -118,7 +118,7 @@ class Staging:
         export, live, tensors = subject(state, resumable=resumable, publish=publish)
         planning = time.perf_counter()
         cached, planned, epoch = self._planner.layout(
-            seq, step, tensors, resumable=resumable, parted=state.parted
+            seq, step, tensors, resumable=resumable, parted=state.parted, export=export
         )
         plan_ms = 1e3 * (time.perf_counter() - planning)
         shared, mine = encode_values(state, live, resumable=resumable)
