@@ -87,12 +87,15 @@ def apply_lora(
     one_by_one = [hf for names in stacked for stack in names.stacks.values() for hf in stack]
     everything = tuple(dict.fromkeys([*hf_names.values(), *refused, *one_by_one]))
     linear = {hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)}
-    selected = match_targets(
-        config,
-        everything,
-        linear_names={*linear, *one_by_one},
-        output_names=_output_names(model, modules, hf_names),
-    )
+    try:
+        selected = match_targets(
+            config,
+            everything,
+            linear_names={*linear, *one_by_one},
+            output_names=_output_names(model, modules, hf_names),
+        )
+    except TargetError as error:
+        raise TargetError(f"{error}{_other_layers(model, modules)}") from error
     _check_targetable(selected, refused)
     grouped = _grouped(stacked, frozenset(selected))
     settings = {
@@ -256,6 +259,20 @@ def _output_names(
         return frozenset(hf_names[n] for n, m in modules.items() if n and m is head)
     heads = head_names(hf_names.values()) | {hf_names[n] for n in head_names(hf_names)}
     return frozenset(heads)
+
+
+def _other_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """For a model without linear layers below its head: what it has instead, or nothing."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if any(isinstance(m, nn.Linear) for m in modules.values() if m is not head):
+        return ""
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding | nn.Linear) or weight is None or weight.dim() != 2:
+            continue
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"; the model's layers are {kind} (as {name}), and only nn.Linear takes an adapter"
+    return ""
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -6,7 +6,6 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,7 +57,8 @@ class Rollout:
 
 def engine_of(model: Path, root: Path | None, **settings: Any) -> Any:
     """An initialised engine of AReaL's with LoRA before it."""
-    from areal.api import FinetuneSpec, TrainEngineConfig
+    from areal.api import FinetuneSpec
+    from areal.api.cli_args import TrainEngineConfig
     from areal.experimental.engine.archon_engine import ArchonPPOActor
 
     class LoRAActor(ArchonLoRA, ArchonPPOActor):
@@ -66,19 +66,24 @@ def engine_of(model: Path, root: Path | None, **settings: Any) -> Any:
             root=None if root is None else str(root), run="r", in_flight=2, dtype="float32"
         )
 
-    engine = LoRAActor(TrainEngineConfig(str(model), **(LORA | settings)))
+    engine = LoRAActor(TrainEngineConfig(path=str(model), **(LORA | settings)))
     engine.create_process_group()
-    engine.initialize(None, FinetuneSpec())
+    engine.initialize(None, FinetuneSpec(1, 40, 4))
     return engine
 
 
 def train(engine: Any, first: int, count: int) -> list[float]:
     """Losses of ``count`` updates; the data depends on the rank and the number."""
-    losses = []
+    losses: list[float] = []
     for number in range(first, first + count):
         seed = 10 * number + dist.get_rank()
         ids = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(seed))
-        losses.append(engine.train_batch(ids))
+
+        def loss_fn(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            losses.append(-logprobs.mean().item())
+            return -logprobs.mean()
+
+        engine.train_batch({"input_ids": ids}, loss_fn, lambda part: part["input_ids"].numel())
     return losses
 
 
@@ -229,7 +234,8 @@ def without_lora(model: Path, root: Path) -> dict[str, Any]:
 
 def refusals(model: Path) -> dict[str, str]:
     """Settings that cannot work, each with what was said."""
-    from areal.api import FinetuneSpec, TrainEngineConfig
+    from areal.api import FinetuneSpec, ParallelStrategy
+    from areal.api.cli_args import TrainEngineConfig
     from areal.experimental.engine.archon_engine import ArchonPPOActor
 
     class LoRAActor(ArchonLoRA, ArchonPPOActor):
@@ -238,15 +244,15 @@ def refusals(model: Path) -> dict[str, str]:
     said = {}
     for name, settings in {"critic": {"is_critic": True}, "peft": {"peft_type": "ia3"}}.items():
         try:
-            LoRAActor(TrainEngineConfig(str(model), **(LORA | settings)))
+            LoRAActor(TrainEngineConfig(path=str(model), **(LORA | settings)))
         except ArchonLoraError as error:
             said[name] = str(error)
     for name in ("tp", "pp"):
-        engine = LoRAActor(TrainEngineConfig(str(model), **LORA))
-        sizes = {"tp": 1, "pp": 1, "pp_enabled": name == "pp"} | {name: 2}
-        engine.create_process_group(SimpleNamespace(**sizes))
+        engine = LoRAActor(TrainEngineConfig(path=str(model), **LORA))
+        field = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}[name]
+        engine.create_process_group(ParallelStrategy(**{field: 2}))
         try:
-            engine.initialize(None, FinetuneSpec())
+            engine.initialize(None, FinetuneSpec(1, 40, 4))
         except ArchonLoraError as error:
             said[name] = str(error)
     return said

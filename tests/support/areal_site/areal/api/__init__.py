@@ -38,22 +38,17 @@ class WeightUpdateMeta:
 
 @dataclass
 class FinetuneSpec:
-    total_train_steps: int = 10
-    steps_per_epoch: int = 10
+    total_train_epochs: int
+    dataset_size: int
+    train_batch_size: int
+
+    @property
+    def total_train_steps(self) -> int:
+        return self.total_train_epochs * (self.dataset_size // self.train_batch_size)
 
 
 @dataclass
-class TrainEngineConfig:
-    """The fields of AReaL's that its Archon engine reads, as far as they matter here."""
-
-    path: str
-    experiment_name: str = "e"
-    trial_name: str = "t"
-    dtype: str = "float32"
-    is_critic: bool = False
-    use_lora: bool = False
-    lora_rank: int = 32
-    lora_alpha: int = 16
-    target_modules: Any = ()
-    peft_type: str = "lora"
-    lr: float = 1e-2
+class ParallelStrategy:
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1

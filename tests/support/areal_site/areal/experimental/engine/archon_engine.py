@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from archon_lora.models import get_model_spec
 from archon_lora.models.hf_files import read_config
+from areal.api import ParallelStrategy
 from areal.experimental.engine.archon_checkpoint import load_model_from_hf, save_model_to_hf
 
 
@@ -72,7 +73,12 @@ class ArchonEngine:
     def create_process_group(self, parallel_strategy: Any = None) -> None:
         self._cpu_group = dist.new_group(backend="gloo")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.parallel_dims = parallel_strategy or SimpleNamespace(tp=1, pp=1, pp_enabled=False)
+        asked = parallel_strategy or ParallelStrategy()
+        self.parallel_dims = SimpleNamespace(
+            tp=asked.tensor_parallel_size,
+            pp=asked.pipeline_parallel_size,
+            pp_enabled=asked.pipeline_parallel_size > 1,
+        )
         self._world_mesh = init_device_mesh("cpu", (self.world_size,), mesh_dim_names=("dp",))
 
     @property
@@ -116,7 +122,7 @@ class ArchonEngine:
         dist.barrier(group=self.cpu_group)
 
     def _create_optimizer(self, ft_spec: Any) -> None:
-        self.optimizer = torch.optim.AdamW(self._get_all_parameters(), lr=self.config.lr)
+        self.optimizer = torch.optim.AdamW(self._get_all_parameters(), lr=self.config.optimizer.lr)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 1.0 - step / (2 * ft_spec.total_train_steps)
         )
@@ -124,16 +130,21 @@ class ArchonEngine:
     def _get_all_parameters(self) -> list[nn.Parameter]:
         return [p for m in self.model_parts for p in m.parameters()]
 
-    def train_batch(self, ids: torch.Tensor) -> float:
+    def train_batch(self, input_: dict[str, Any], loss_fn: Any, loss_weight_fn: Any) -> Any:
         """One update, with AReaL's gradient clipping over all that the optimizer is asked about."""
-        logits = self.model(ids)
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._get_all_parameters(), 1.0)
+        ids = input_["input_ids"]
+        logits = self.model(ids).float()
+        labels = torch.roll(ids, -1, dims=-1)
+        logprobs = torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+        assert loss_weight_fn(input_) > 0
+        extremes = {"vocab_min_logits": logits.min(-1)[0], "vocab_max_logits": logits.max(-1)[0]}
+        loss_fn(logprobs, entropy, input_, **extremes).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._get_all_parameters(), 1.0)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return {"grad_norm": float(norm), "update_successful": 1.0}
 
     def set_version(self, version: int) -> None:
         self._version = version
