@@ -73,4 +73,3 @@ def gpt2() -> Any:
 def test_conv1d_is_refused_by_name(targets: Any) -> None:
     with pytest.raises(TargetError, match=r"Conv1D.*only nn\.Linear"):
         apply_lora(gpt2(), LoRAConfig(target_modules=targets))
-
