@@ -73,7 +73,7 @@ layouts: $(STAMP) ## every layout of ranks against every other (make test takes 
 	  tests/distributed/test_tensor_parallel.py tests/distributed/test_engine_layouts.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
-	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout 1800 \
 	  tests/faults tests/property $(PYTEST_ARGS)
 
 # Without these packages, which are in no other target, `make test` skips the tests that need them.

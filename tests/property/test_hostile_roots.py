@@ -118,20 +118,30 @@ def read_everything(root: str) -> int | None:
 
 
 def attack(grown: Path, change: Callable[[Path], None]) -> int | None:
-    """Copy the root, damage the copy, and read it with an eye on the memory."""
+    """Copy the root, damage the copy, and read it with an eye on the memory.
+
+    What is over the bound is read once more: a table of the interpreter's own that happens to
+    grow meanwhile (of interned names: 7.9 MB) does so once, an allocation that a file provokes
+    every time.
+    """
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
-        root = Path(folder, "root")
-        shutil.copytree(grown, root)
-        change(root)
-        # What earlier attacks left in cycles is not this one's, whenever it would be freed.
-        gc.collect()
-        tracemalloc.start()
-        try:
-            found = read_everything(str(root))
-            assert tracemalloc.get_traced_memory()[1] < MEMORY
-        finally:
-            tracemalloc.stop()
-        return found
+        damaged = Path(folder, "damaged")
+        shutil.copytree(grown, damaged)
+        change(damaged)
+        peaks = []
+        for reading in ("first", "second"):
+            root = shutil.copytree(damaged, Path(folder, reading, "root"))
+            # What earlier attacks left in cycles is not this one's, whenever it would be freed.
+            gc.collect()
+            tracemalloc.start()
+            try:
+                found = read_everything(str(root))
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+            if peaks[-1] < MEMORY:
+                return found
+        pytest.fail(f"two readings took {peaks} bytes at once, wanted below {MEMORY}")
 
 
 def test_an_untouched_root_is_read(grown: Path) -> None:
