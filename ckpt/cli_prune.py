@@ -23,6 +23,7 @@ from .cli_console import (
     reported,
     write_json,
 )
+from .cli_served import is_served, served_prune
 from .cli_tables import size_text, state_text
 from .cli_uploads import DEFAULT_AGE, age, upload_rows
 from .errors import ConfigError, NoCheckpoint
@@ -87,13 +88,28 @@ def prune_command(
         if keep_latest is None and (every, best, metric) != (None, None, None):
             raise ConfigError("--every, --best and --metric add to --keep-latest: name that, too")
         storage = open_root(url, endpoint_url)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        served = is_served(storage)
+        if is_served(storage):
+            rules = {
+                "keep_latest": keep_latest,
+                "every": every,
+                "best": best,
+                "metric": metric,
+                "mode": mode.value,
+                "keep_versions": keep_versions,
+                "run_name": run,
+            }
+            if uploads:
+                raise ConfigError("--uploads works where the root is, not over a service")
+            rows = served_prune(storage, rules, dry_run=dry_run)
+            keep_latest = keep_versions = None
         if keep_latest is not None:
             rule = Retention(keep_latest, every, None, best, metric, mode.value)
             rows += _steps(storage, rule, dry_run)
         if keep_versions is not None:
             rows += _versions(storage, keep_versions, run, dry_run)
-        if not dry_run:
+        if not dry_run and not served:  # a service records it itself
             gone = [row["path"].rpartition("/")[2] for row in rows if not row["keep"]]
             record_removal(storage, "ckpt prune", [name for name in gone if names_whole(name)])
         if uploads:

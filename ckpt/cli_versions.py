@@ -21,6 +21,7 @@ from .cli_console import (
     reported,
     write_json,
 )
+from .cli_served import is_served
 from .errors import ConfigError
 from .handoff import Registry
 from .holds import Holds
@@ -130,6 +131,8 @@ def publish_command(
     """Publish the adapter of a step (by default the newest whole one) as the next version."""
     with reported(as_json):
         storage = open_root(url, endpoint_url)
+        if is_served(storage):
+            raise ConfigError(f"{url} is only read; publish where the root itself can be reached")
         manifest = publish_step(
             storage, step, run=run or _only_run(storage), epoch=epoch, dtype=dtype.value
         )

@@ -8,7 +8,8 @@ standard-library parent so that callers can catch it without importing us::
     ├── StorageError           (OSError)            the store failed
     │   ├── ObjectNotFound     (FileNotFoundError)
     │   ├── AlreadyExists      (FileExistsError)    exclusive create lost
-    │   └── StoreNotExclusive                       the store cannot fence writers
+    │   ├── StoreNotExclusive                       the store cannot fence writers
+    │   └── ReadOnly                                a root behind a service is only read
     ├── DamagedError           (ValueError)         bytes that do not verify
     ├── StateError             (ValueError)         checkpoint and live state disagree
     │   └── BaseMismatch                            another base model
@@ -57,6 +58,10 @@ class AlreadyExists(StorageError, FileExistsError):
 
 class StoreNotExclusive(StorageError):
     """The store ignores conditional writes, so it cannot keep two writers apart."""
+
+
+class ReadOnly(StorageError):
+    """A root behind a service is only read; what changes it runs where the root is."""
 
 
 class DamagedError(CkptError, ValueError):

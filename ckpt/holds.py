@@ -30,7 +30,7 @@ from .layout import (
     target_dir,
     trash_path,
 )
-from .storage import Storage
+from .storage import Holding, Storage
 
 PIN_FORMAT: Final = "ckpt.pin"
 LEASE_FORMAT: Final = "ckpt.lease"
@@ -101,6 +101,8 @@ def pin(storage: Storage, name: str, note: str = "") -> Pin:
     if len(note) > _NOTE_MAX:
         msg = f"a note has at most {_NOTE_MAX} characters, got {len(note)}"
         raise ConfigError(msg)
+    if isinstance(storage, Holding):
+        return Pin(name, note, *storage.put_pin(name, note))
     _require(storage, name)
     record = Pin(name, note, socket.gethostname(), utc_now())
     body = {"name": name, "note": note, "host": record.host, "created": record.created}
@@ -122,6 +124,8 @@ def unpin(storage: Storage, name: str) -> bool:
         ConfigError: neither a step's nor a version's name.
     """
     path = pin_path(name)
+    if isinstance(storage, Holding):
+        return storage.delete_pin(name)
     there = storage.exists(path)
     storage.delete(path)
     return there
@@ -178,6 +182,8 @@ def take_lease(storage: Storage, version: str, holder: str, ttl_s: float) -> Lea
     if not 0 < ttl_s <= MAX_TTL_S:
         msg = f"a lease lasts above 0 and at most {MAX_TTL_S:.0f} s, got {ttl_s!r}"
         raise ConfigError(msg)
+    if isinstance(storage, Holding):
+        return Lease(version, holder, *storage.take_lease(version, holder, ttl_s))
     _require(storage, version)
     now = datetime.now(UTC)
     lease = Lease(version, holder, _iso(now), _iso(now + timedelta(seconds=ttl_s)))
@@ -204,7 +210,11 @@ def release_lease(storage: Storage, version: str, holder: str) -> None:
     Raises:
         ConfigError: a name that is none.
     """
-    storage.delete(lease_path(version, holder))
+    path = lease_path(version, holder)
+    if isinstance(storage, Holding):
+        storage.release_lease(version, holder)
+    else:
+        storage.delete(path)
 
 
 def list_leases(storage: Storage, version: str | None = None) -> list[Lease]:

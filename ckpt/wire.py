@@ -43,6 +43,7 @@ class RunRow:
     Attributes:
         run: its name in this service.
         url: where it lies, without credentials.
+        has_rename: whether that is a file system.
         run_names: first parts of the names of the versions in it.
         latest: name of the newest whole version, by run name.
         newest_step: number of the newest step directory of the current lineage, or None.
@@ -51,6 +52,7 @@ class RunRow:
 
     run: str
     url: str
+    has_rename: bool
     run_names: tuple[str, ...] = ()
     latest: Mapping[str, str] = field(default_factory=dict)
     newest_step: int | None = None

@@ -44,12 +44,14 @@ class _Run:
         open: numbers that are taken, above the newest whole version, and not seen whole.
         newest: the newest whole version.
         recent: the last versions that were seen, oldest first.
+        recalled: every number from here on is among these, or was looked at and is not whole.
     """
 
     claimed: int = -1
     open: set[int] = field(default_factory=set)
     newest: VersionEntry | None = None
     recent: deque[VersionEntry] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    recalled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,43 @@ class NewestVersions:
             self._probe(name, known)
         newest = {name: run.newest for name, run in self._runs.items() if run.newest is not None}
         if newest != {name: seen.newest for name, seen in self._seen.items()}:
-            self._seen = {
-                name: Seen(newest[name], tuple(self._runs[name].recent)) for name in sorted(newest)
-            }
+            self._show()
         return self._seen
+
+    def recall(self, run: str, number: int) -> Mapping[str, Seen]:
+        """Find the versions above a number that were there before the first look.
+
+        Costs one look at each number between, and at most 256; only those that were not looked at
+        before.
+
+        Args:
+            run: of which run.
+            number: a caller has it already.
+
+        Returns:
+            As :meth:`look`.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        known = self._runs.get(run)
+        if known is None or known.newest is None:
+            return self._seen
+        floor = max(number, known.newest.number - _RECENT)
+        for older in range(known.recalled - 1, floor, -1):
+            version = self._whole(run, older) if self._there(run, older) else None
+            if version is not None and len(known.recent) < _RECENT:
+                known.recent.appendleft(version)
+            known.recalled = older
+        self._show()
+        return self._seen
+
+    def _show(self) -> None:
+        self._seen = {
+            name: Seen(run.newest, tuple(run.recent))
+            for name, run in sorted(self._runs.items())
+            if run.newest is not None
+        }
 
     def _list(self) -> None:
         begun = self._clock()
@@ -160,6 +195,8 @@ class NewestVersions:
         if known.newest is None or version.number > known.newest.number:
             known.newest = version
             known.open = {number for number in known.open if number > version.number}
+        if not known.recent:
+            known.recalled = version.number
         if not known.recent or version.number > known.recent[-1].number:
             known.recent.append(version)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -28,88 +27,22 @@ from ckpt.layout import (
     check_name,
     check_run_name,
     parse_version_name,
-    version_dir,
     version_name,
 )
 from ckpt.manifest import VersionManifest
-from ckpt.storage import Storage, open_storage
-from ckpt.types import BaseIdentity, FileRecord
+from ckpt.storage import Announcing, Storage, open_storage
 from ckpt.versions import VersionEntry, version_entry, version_names
 
-from .probe import Probe
 from .pull import pull_version
+from .version import Version
+
+__all__ = ["LOCAL_POLL_S", "REMOTE_POLL_S", "Registry", "Version", "Which"]
 
 LOCAL_POLL_S: Final = 0.02
 REMOTE_POLL_S: Final = 0.25
 """Between two looks at an object store: one listing each."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A published adapter, as its manifest describes it: immutable.
-
-    Attributes:
-        run: first part of its name.
-        number: its number; numbers of a run only grow.
-        name: ``<run>-v<number>``, never used twice.
-        url: its directory: a path, or the URL of a prefix.
-        step: the training step it is from, if any.
-        policy_version: the trainer's count of policy updates, if any.
-        epoch: the writer's epoch.
-        adapter_sha256: of ``adapter_model.safetensors``.
-        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-        base: the base model it belongs to, if known.
-        created: ISO 8601, UTC.
-        files: its two adapter files.
-        probe: what an engine must answer once it has the version loaded, if recorded.
-    """
-
-    run: str
-    number: int
-    name: str
-    url: str
-    step: int | None
-    policy_version: int | None
-    epoch: int
-    adapter_sha256: str
-    dtype: str
-    base: BaseIdentity | None
-    created: str
-    files: tuple[FileRecord, ...]
-    probe: Probe | None
-
-    @property
-    def bytes(self) -> int:
-        """Size of the adapter files."""
-        return sum(file.size for file in self.files)
-
-    @classmethod
-    def of(cls, manifest: VersionManifest, root_url: str) -> Version:
-        """The version of a verified manifest in the root with that URL.
-
-        Raises:
-            DamagedError: its probe cannot be read.
-        """
-        run = manifest.name[: manifest.name.rindex("-v")]
-        url = f"{root_url}/{version_dir(run, manifest.number)}"
-        record = manifest.probe
-        return cls(
-            run=run,
-            number=manifest.number,
-            name=manifest.name,
-            url=url,
-            step=manifest.step,
-            policy_version=manifest.policy_version,
-            epoch=manifest.epoch,
-            adapter_sha256=manifest.adapter_sha256,
-            dtype=manifest.dtype,
-            base=manifest.base,
-            created=manifest.created,
-            files=manifest.files,
-            probe=None if record is None else Probe.from_dict(record, f"{url}: probe"),
-        )
 
 
 Which: TypeAlias = int | str | Version
@@ -170,6 +103,8 @@ class Registry:
             ConfigError: the root has versions of several runs, and none is named.
             StorageError: the store failed.
         """
+        if isinstance(self._storage, Announcing):
+            return self._announced(self._storage.newest(run or self._run))
         return self._newest(run, -1)
 
     def get(self, v: Which) -> Version:
@@ -217,13 +152,18 @@ class Registry:
             msg = f"want timeout >= 0 and poll_s > 0, got {timeout!r} and {poll_s!r}"
             raise ConfigError(msg)
         if poll_s is None:
-            poll_s = LOCAL_POLL_S if self._storage.has_rename else REMOTE_POLL_S
+            local = self._storage.local_path("") is not None
+            poll_s = LOCAL_POLL_S if local else REMOTE_POLL_S
         deadline = time.monotonic() + timeout
         run, floor = self._floor(newer_than)
         while True:
             problem: StorageError | None = None
             try:
-                found = self._newest(run, floor)
+                if isinstance(self._storage, Announcing):
+                    left = max(0.0, deadline - time.monotonic())
+                    found = self._announced(self._storage.newer(run, floor, left))
+                else:
+                    found = self._newest(run, floor)
             except StorageError as error:
                 log.warning("cannot look for new versions, trying again: %s", error)
                 found, problem = None, error
@@ -321,6 +261,14 @@ class Registry:
             raise DamagedError(f"version {name} is damaged: {entry.problem}")
         msg = f"there is no committed version {name} in {self.url}"
         raise NoCheckpoint(f"{msg}; `ckpt versions` shows what there is")
+
+    def _announced(self, sealed: bytes | None) -> Version | None:
+        """The version whose manifest a store has sent by itself."""
+        if sealed is None:
+            return None
+        manifest = VersionManifest.from_bytes(sealed, f"{self.url}: the newest version")
+        self._looked_up = manifest
+        return Version.of(manifest, self.url)
 
     def _newest(self, run: str | None, floor: int) -> Version | None:
         for pair in reversed(self._committed_names(run, floor)):

@@ -53,7 +53,8 @@ class ReplicaPoster:
     ) -> None:
         self._storage, self._status = storage, status
         self._run, self._holder = run, holder
-        self._look_s = look_s or (LOCAL_LOOK_S if storage.has_rename else REMOTE_LOOK_S)
+        local = storage.local_path("") is not None
+        self._look_s = look_s or (LOCAL_LOOK_S if local else REMOTE_LOOK_S)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="ckpt-replicas", daemon=True)
 

@@ -131,7 +131,7 @@ class Sidecar:
         self.status = SyncStatus(config.run, config.holder, [engine.url for engine in engines])
         self._config, self._engines, self._cache = config, tuple(engines), cache
         self._registry = registry
-        local = registry.storage.has_rename
+        local = registry.storage.local_path("") is not None
         self._wake = threading.Event()
         self._setbacks = Setbacks(FIRST_REST_S, LONGEST_REST_S)
         self._leases = LeaseKeeper(

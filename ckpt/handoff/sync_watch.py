@@ -25,6 +25,7 @@ from ckpt.errors import (
     TooLargeForCache,
 )
 from ckpt.layout import parse_version_name, version_name
+from ckpt.storage import Announcing
 from ckpt.versions import version_names
 
 from .backoff import Backoff, Setbacks
@@ -39,6 +40,8 @@ HURRY_S: Final = 0.03
 HURRY_FOR_S: Final = 30.0
 """Between two looks, and for how long, once the claim of a version shows that it is being written.
 A trainer that died leaves such a claim, too."""
+ANNOUNCED_S: Final = 2.0
+"""How long a service is asked to wait for a version at a time; a stop waits as long."""
 FULL_PAUSE_S: Final = 1.0
 """Room in the cache comes when an engine lets go of a version: soon, as a rule."""
 
@@ -98,6 +101,7 @@ class Watcher:
         self._highest, self._hurry_until = -1, 0.0
         self._store_up = False
         self._told_empty = False
+        self._told: bytes | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="ckpt-watch", daemon=True)
 
@@ -279,4 +283,26 @@ class Watcher:
                 pause = self._pause_s()
             else:
                 pause = backoff.failed()
-            self._stop.wait(pause)
+            if not answered or not self._announced(pause):
+                self._stop.wait(pause)
+
+    def _announced(self, pause_s: float) -> bool:
+        """Let a store that knows its newest version say when there is another one.
+
+        Returns:
+            Whether that took the place of the pause.
+        """
+        storage = self._registry.storage
+        if not isinstance(storage, Announcing):
+            return False
+        with self._mutex:
+            there = self._floor if self._offer is None else self._offer.version.number
+        begun = time.monotonic()
+        try:
+            sealed = storage.newer(self._run, there, ANNOUNCED_S)
+        except CkptError:
+            return False  # the next look says what is wrong
+        told, self._told = self._told, sealed
+        # What was told before and is not wanted, since it is damaged, is no news.
+        fresh = sealed is not None and sealed != told
+        return fresh or time.monotonic() - begun >= pause_s

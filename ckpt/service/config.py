@@ -70,7 +70,7 @@ class Limits:
     """
 
     path_chars: int = 4096
-    body_bytes: int = 64 * 1024
+    body_bytes: int = 256 * 1024
     head_s: float = 10.0
     body_s: float = 20.0
     send_s: float = 60.0

@@ -9,7 +9,18 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from ckpt.errors import DamagedError, NoCheckpoint, ObjectNotFound
 from ckpt.job_names import EXPORTS, JOBS, export_dir
-from ckpt.layout import ADAPTERS, LEASES, MANIFEST, PINS, STEPS, WRITERS, path_problem, version_dir
+from ckpt.layout import (
+    ADAPTERS,
+    LEASES,
+    MANIFEST,
+    METRICS,
+    PINS,
+    REPLICAS,
+    STEPS,
+    WRITERS,
+    path_problem,
+    version_dir,
+)
 from ckpt.peft import WEIGHTS_NAME
 from ckpt.types import FileRecord
 from ckpt.versions import find_version
@@ -22,7 +33,7 @@ from .jobs.work import read_export
 from .roots import ServedRoot
 from .routes_runs import Root, VersionName
 
-OPEN: Final = frozenset({WRITERS, STEPS, ADAPTERS, LEASES, PINS, JOBS, EXPORTS})
+OPEN: Final = frozenset({WRITERS, STEPS, ADAPTERS, LEASES, PINS, REPLICAS, METRICS, JOBS, EXPORTS})
 """Directories of a root whose files are given out."""
 EXPORT_NAME: Final = r"^step-[0-9]{8}\.w[0-9]{4}-(bfloat16|float16|float32)$"
 

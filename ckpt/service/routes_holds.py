@@ -1,14 +1,16 @@
-"""Operations that keep things: leases of readers, pins of people."""
+"""Operations of readers and people: leases, what sidecars say of their engines, pins."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from ckpt.errors import NoCheckpoint
+from ckpt.errors import ConfigError, DamagedError, NoCheckpoint
+from ckpt.handoff.replica_record import ReplicaRecord
 from ckpt.holds import MAX_TTL_S, pin, pinned, read_pin, release_lease, take_lease, unpin
+from ckpt.layout import replica_path
 from ckpt.wire import API, LeaseRow, PinList, PinRow
 
 from .answers import RESPONSES
@@ -60,6 +62,35 @@ async def put_lease(root: Root, version: VersionName, holder: Holder, body: Leas
 async def delete_lease(root: Root, version: VersionName, holder: Holder) -> None:
     """Stop using a version; one that is not held is fine."""
     await root.call(release_lease, root.storage, version, holder)
+
+
+@router.put(
+    "/runs/{run}/replicas/{holder}",
+    dependencies=_LEASE,
+    status_code=204,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        }
+    },
+)
+async def put_replicas(request: Request, root: Root, holder: Holder) -> None:
+    """Say what one's engines serve: a sealed record of the format `ckpt.replicas`."""
+    body = await request.body()
+    try:
+        record = ReplicaRecord.from_bytes(body, "the record")
+    except DamagedError as error:
+        raise ConfigError(str(error)) from error
+    if record.holder != holder:
+        raise ConfigError(f"the record is that of another holder than {holder}")
+    await root.call(root.storage.put, replica_path(holder), body)
+
+
+@router.delete("/runs/{run}/replicas/{holder}", dependencies=_LEASE, status_code=204)
+async def delete_replicas(root: Root, holder: Holder) -> None:
+    """Take back what one said of one's engines; nothing said is fine."""
+    await root.call(root.storage.delete, replica_path(holder))
 
 
 @router.get("/runs/{run}/pins", dependencies=[Depends(Needs(Scope.read))])

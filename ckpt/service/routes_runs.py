@@ -66,11 +66,12 @@ async def _run_row(root: ServedRoot) -> RunRow:
         problem = (
             str(error) if isinstance(error, CkptError) else "the store does not answer in time"
         )
-        return RunRow(root.name, root.url, problem=problem)
+        return RunRow(root.name, root.url, root.storage.has_rename, problem=problem)
     newest = root.watcher.newest_of_all()
     return RunRow(
         run=root.name,
         url=root.url,
+        has_rename=root.storage.has_rename,
         run_names=tuple(newest),
         latest={run: version.name for run, version in newest.items()},
         newest_step=max((step for step, _epoch in steps), default=None),

@@ -190,6 +190,7 @@ class RootWatcher:
         name = self.only(run) if floor is not None else None
         if floor is not None and name is not None:
             above[name] = floor
+            self._seen = await self._call(lambda: self._versions.recall(name, floor))
         seen_steps = await self._call(self._steps.look) if steps else frozenset()
         async with self._watching(steps=steps):
             while not self._closed:

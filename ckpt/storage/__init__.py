@@ -9,14 +9,16 @@ from urllib.parse import unquote, urlsplit
 
 from ckpt.errors import ConfigError
 
-from .base import Buffer, Entry, Presigning, Storage
+from .base import Announcing, Buffer, Entry, Holding, Presigning, Storage
 from .checked import put_checked, read_checked, verified_blocks
 from .posix import PosixStorage
 from .traffic import Traffic
 
 __all__ = [
+    "Announcing",
     "Buffer",
     "Entry",
+    "Holding",
     "Presigning",
     "Storage",
     "Traffic",
@@ -37,7 +39,8 @@ def open_storage(
 
     Args:
         url: a plain path or ``file://`` URL (POSIX), or any URL that fsspec knows, for example
-            ``s3://bucket/prefix`` or ``memory://name``.
+            ``s3://bucket/prefix`` or ``memory://name``; or the address of a service,
+            ``https://host:8080/runs/run7``, behind which a root is read.
         storage_options: passed to fsspec; not allowed for paths. For S3, ``backend`` is
             ``"s3fs"`` (default) or ``"obstore"`` (extra ``[obstore]``).
 
@@ -75,6 +78,20 @@ def open_storage(
         from .s3 import S3Storage
 
         return S3Storage(text, options)
+    if scheme in {"http", "https"}:
+        return _served(text, options)
     from .fsspec_store import FsspecStorage
 
     return FsspecStorage(text, options)
+
+
+def _served(url: str, options: Mapping[str, Any]) -> Storage:
+    """A root behind a service; needs httpx, which no other store does."""
+    try:
+        from .http_store import ServedStorage
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        msg = "a root behind a service needs httpx: pip install 'archon-lora[client]'"
+        raise ConfigError(msg) from None
+    return ServedStorage(url, options)

@@ -114,6 +114,40 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Announcing(Protocol):
+    """A store that knows by itself which version of the root is the newest."""
+
+    def newest(self, run_name: str | None) -> bytes | None:
+        """The sealed manifest of the newest whole version, or None if there is none."""
+        ...
+
+    def newer(self, run_name: str | None, number: int, wait_s: float) -> bytes | None:
+        """That of the newest version above a number, as soon as there is one; None in the end."""
+        ...
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A store that takes leases and pins itself, because nobody writes its files from here."""
+
+    def take_lease(self, version: str, holder: str, ttl_s: float) -> tuple[str, str]:
+        """Take or renew a lease; when it was renewed and until when it holds."""
+        ...
+
+    def release_lease(self, version: str, holder: str) -> None:
+        """Give a lease back; one that is not held is fine."""
+        ...
+
+    def put_pin(self, name: str, note: str) -> tuple[str, str]:
+        """Pin a step or version; on which machine and when that was recorded."""
+        ...
+
+    def delete_pin(self, name: str) -> bool:
+        """Take a pin away; whether there was one."""
+        ...
+
+
+@runtime_checkable
 class Presigning(Protocol):
     """A store whose files can be read by whoever is given a URL."""
 

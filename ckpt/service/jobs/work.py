@@ -33,6 +33,8 @@ from ckpt.retain import review
 from ckpt.source import StepSource
 from ckpt.storage import Buffer, Storage
 from ckpt.storage.faultpoints import hit
+from ckpt.timeline import names_whole
+from ckpt.timeline_store import record_removal
 from ckpt.types import FileRecord, Retention
 from ckpt.version_retain import VersionFate, apply_fate, review_versions
 from ckpt.versions import VersionEntry, check_version, find_version, list_versions
@@ -318,6 +320,8 @@ def prune(go: Go) -> Mapping[str, Any]:
         held = fates.get(row["name"])
         if held is not None:
             row.update(keep=True, reason=held)
+    done = [name for name, held in fates.items() if held is None]
+    record_removal(storage, "ckpt serve", [name for name in done if names_whole(name)])
     seen = {row["name"] for row in rows}
     gone = sorted(names - seen)  # by an earlier try
     return {"dry_run": False, "plan": params["confirm"], "entries": rows, "gone_before": gone}
