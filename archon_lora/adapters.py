@@ -11,18 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .adapter import AppliedLoRA, applied_lora, get_adapter_params, require_whole
-from .apply import (
-    _check_config,
-    _check_not_shared,
-    _check_parent,
-    _check_targetable,
-    _output_names,
-    _owners,
-    _untargetable,
-)
 from .bases import check_base
-from .config import LoRAConfig
-from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError
+from .candidates import check_candidate, check_targetable, output_names, owners_of, untargetable
+from .config import LoRAConfig, check_config
+from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, TargetError
 from .factors import LoRAPair
 from .frozen import FrozenMap
 from .linear import LoRALinear
@@ -74,12 +66,13 @@ def add_adapter(
     require_whole(model, "add_adapter()")
     modules = {n: m for n, m in canonical_modules(model) if n in record.hf_names}
     found = _match(model, modules, record, config)
-    owners = _owners(model)
+    owners = owners_of(model)
     for fqn, hf in found.matched.items():
+        if isinstance(modules[fqn], nn.Embedding):
+            msg = f"{hf} is an embedding, which holds the default adapter only"
+            raise TargetError(msg)
         if not isinstance(modules[fqn], LoRALinear):
-            check_base(modules[fqn], hf)
-            _check_parent(modules.get(fqn.rpartition(".")[0], model), hf)
-            _check_not_shared(modules[fqn], hf, owners)
+            check_candidate(modules, fqn, hf, owners)
     layers: dict[str, LoRALinear] = {}
     fresh: dict[str, nn.Module] = {}
     for fqn in found.matched:
@@ -195,19 +188,19 @@ def _match(
     model: nn.Module, modules: Mapping[str, nn.Module], record: AppliedLoRA, config: LoRAConfig
 ) -> AppliedLoRA:
     """What the adapter is for, among the modules that there were when the first one came."""
-    _check_config(config)
+    check_config(config)
     by_hf = {hf: fqn for fqn, hf in record.hf_names.items() if fqn in modules}
-    untargetable = _untargetable(modules, record.hf_names)
+    refused = untargetable(modules, record.hf_names)
     # Names of no module are those of experts that lie stacked.
-    stacked = set(record.module_names) - set(record.hf_names.values()) - untargetable.keys()
+    stacked = set(record.module_names) - set(record.hf_names.values()) - refused.keys()
     linear = {record.hf_names[n] for n, m in modules.items() if isinstance(m, nn.Linear)}
     chosen = match_targets(
         config,
         record.module_names,
         linear_names=linear | stacked,
-        output_names=_output_names(model, modules, record.hf_names),
+        output_names=output_names(model, modules, record.hf_names),
     )
-    _check_targetable(chosen, untargetable | dict.fromkeys(stacked, _STACKED))
+    check_targetable(chosen, refused | dict.fromkeys(stacked, _STACKED))
     return AppliedLoRA(
         config=config,
         matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),

@@ -19,15 +19,24 @@ from .adapter import (
     set_trainable_params,
 )
 from .bases import check_base
-from .config import LoRAConfig
-from .errors import LoRAConfigError, NoAdapterError, TargetError
+from .candidates import (
+    check_candidate,
+    check_targetable,
+    other_layers,
+    output_names,
+    owners_of,
+    untargetable,
+)
+from .config import LoRAConfig, check_config
+from .embedding import LoRAEmbedding
+from .errors import NoAdapterError, TargetError
 from .experts import ExpertNames, LoRAGroupedExperts, StackedExperts, one_setting
 from .frozen import FrozenMap
 from .linear import LoRALinear
 from .names import canonical_modules
 from .peft import peft_export
 from .placement import reshard
-from .targets import head_names, match_targets
+from .targets import match_targets
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +58,8 @@ def apply_lora(
 ) -> AppliedLoRA:
     """Put adapters on the targeted linear layers and experts, and freeze everything else.
 
-    A linear layer is replaced by a LoRALinear. Experts that lie stacked
+    A linear layer is replaced by a LoRALinear, an embedding that a name or a regular expression
+    selects by a LoRAEmbedding. Experts that lie stacked
     (:class:`archon_lora.experts.StackedExperts`) are targeted by the names that HuggingFace gives
     the linear layers of each, and replaced by LoRAGroupedExperts.
 
@@ -73,12 +83,12 @@ def apply_lora(
         TargetError: the model is sharded, wrapped by DDP or adapted already, an entry matches
             nothing, or a matched module cannot take an adapter.
     """
-    _check_config(config)
+    check_config(config)
     _check_model(model)
     modules = dict(canonical_modules(model))
     hf_names = _hf_names(list(modules), name_map)
     by_hf = {hf: fqn for fqn, hf in hf_names.items()}
-    refused = _untargetable(modules, hf_names)
+    refused = untargetable(modules, hf_names)
     stacked = [
         ExpertNames.of(m, n, hf_names[n])
         for n, m in modules.items()
@@ -92,22 +102,20 @@ def apply_lora(
             config,
             everything,
             linear_names={*linear, *one_by_one},
-            output_names=_output_names(model, modules, hf_names),
+            output_names=output_names(model, modules, hf_names),
         )
     except TargetError as error:
-        raise TargetError(f"{error}{_other_layers(model, modules)}") from error
-    _check_targetable(selected, refused)
+        raise TargetError(f"{error}{other_layers(model, modules)}") from error
+    check_targetable(selected, refused)
     grouped = _grouped(stacked, frozenset(selected))
     settings = {
         fqn: {stack: one_setting(config, hf) for stack, hf in stacks.items()}
         for fqn, stacks in grouped.items()
     }
     chosen = tuple(hf for hf in selected if hf in by_hf)
-    owners = _owners(model)
+    owners = owners_of(model)
     for hf in chosen:
-        check_base(modules[by_hf[hf]], hf)
-        _check_parent(modules[by_hf[hf].rpartition(".")[0]], hf)
-        _check_not_shared(modules[by_hf[hf]], hf, owners)
+        check_candidate(modules, by_hf[hf], hf, owners)
     experts = {
         fqn: LoRAGroupedExperts(modules[fqn], config, targets, fqn=fqn)
         for fqn, targets in settings.items()
@@ -145,18 +153,6 @@ def apply_lora(
     return record
 
 
-@runtime_checkable
-class Untargetable(Protocol):
-    """A module that holds, or is, what PEFT or the engines would not adapt alike."""
-
-    def untargetable(self, hf_name: str) -> Mapping[str, str]:
-        """Why not, by the HF names concerned, given the module's own.
-
-        The names may be of no module here, as those of experts that lie stacked in one tensor.
-        """
-        ...
-
-
 def initialise_adapters(model: nn.Module) -> None:
     """Write the initial values of every adapter; the base is not touched.
 
@@ -178,12 +174,6 @@ def initialise_adapters(model: nn.Module) -> None:
     for _, module in found:
         if isinstance(module, ResettableAdapter):
             module.reset_adapter()
-
-
-def _check_config(config: object) -> None:
-    if not isinstance(config, LoRAConfig):
-        msg = f"config must be a LoRAConfig, got {type(config).__name__}"
-        raise LoRAConfigError(msg)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -230,88 +220,11 @@ def _hf_names(fqns: list[str], name_map: NameMap | None) -> dict[str, str]:
     return names
 
 
-def _untargetable(modules: Mapping[str, nn.Module], hf_names: Mapping[str, str]) -> dict[str, str]:
-    """Why not, by HF name, of all that modules say must not be adapted."""
-    return {
-        name: reason
-        for fqn, module in modules.items()
-        if fqn and isinstance(module, Untargetable)
-        for name, reason in module.untargetable(hf_names[fqn]).items()
-    }
-
-
-def _check_targetable(chosen: tuple[str, ...], refused: Mapping[str, str]) -> None:
-    """Adapting the rest in silence would train less than was asked for."""
-    wrong = [name for name in chosen if name in refused]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        msg = f"target_modules selects {wrong[0]}{more}, but {refused[wrong[0]]}"
-        raise TargetError(msg)
-
-
-def _output_names(
-    model: nn.Module, modules: Mapping[str, nn.Module], hf_names: Mapping[str, str]
-) -> frozenset[str]:
-    """HF names of the output heads: what the model says, else by convention."""
-    ask = getattr(model, "get_output_embeddings", None)  # transformers' PreTrainedModel
-    if callable(ask):
-        head = ask()
-        return frozenset(hf_names[n] for n, m in modules.items() if n and m is head)
-    heads = head_names(hf_names.values()) | {hf_names[n] for n in head_names(hf_names)}
-    return frozenset(heads)
-
-
-def _other_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """For a model without linear layers below its head: what it has instead, or nothing."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if any(isinstance(m, nn.Linear) for m in modules.values() if m is not head):
-        return ""
-    for name, module in modules.items():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Embedding | nn.Linear) or weight is None or weight.dim() != 2:
-            continue
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        return f"; the model's layers are {kind} (as {name}), and only nn.Linear takes an adapter"
-    return ""
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each module and each parameter object occurs."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        owners.setdefault(id(module), []).append(name)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
-def _check_parent(parent: nn.Module, hf: str) -> None:
-    """Torch's attention (and the encoder layer's fast path) reads weights past any forward."""
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        msg = (
-            f"module {hf!r} lies in a {type(parent).__name__}, which reads its weight without "
-            "calling it: an adapter would have no effect; leave it out with exclude_modules"
-        )
-        raise TargetError(msg)
-
-
-def _check_not_shared(module: nn.Module, hf: str, owners: Mapping[int, list[str]]) -> None:
-    places = owners[id(module)]
-    if len(places) > 1:
-        msg = f"module {hf!r} is used in several places ({', '.join(places)}); adapt none of them"
-        raise TargetError(msg)
-    for local, parameter in module.named_parameters(recurse=False):
-        places = owners[id(parameter)]
-        if len(places) > 1:
-            msg = (
-                f"{hf}.{local} is tied to another parameter ({', '.join(places)}): an adapter "
-                "beside it would exist on one side only, and engines treat it in different ways; "
-                "leave it out with exclude_modules"
-            )
-            raise TargetError(msg)
-
-
-def _layer(module: nn.Module, config: LoRAConfig, *, hf: str, fqn: str) -> LoRALinear:
+def _layer(
+    module: nn.Module, config: LoRAConfig, *, hf: str, fqn: str
+) -> LoRALinear | LoRAEmbedding:
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding(module, config, hf=hf, fqn=fqn)
     return LoRALinear.from_linear(
         check_base(module, hf),
         rank=config.rank_for(hf),

@@ -43,8 +43,7 @@ def check_base(module: nn.Module, name: str) -> nn.Linear:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     where = f"module {name!r}" if name else "the module"
     if not isinstance(module, nn.Linear):
-        extra = " (embeddings take no adapter)" if isinstance(module, nn.Embedding) else ""
-        msg = f"{where} is a {kind}{extra}; only nn.Linear can take an adapter"
+        msg = f"{where} is a {kind}; only nn.Linear and nn.Embedding can take an adapter"
         raise TargetError(msg)
     if hasattr(module, "adapter_params"):
         msg = f"{where} is a {kind}, which holds an adapter already"
@@ -59,6 +58,16 @@ def check_base(module: nn.Module, name: str) -> nn.Linear:
     if plain.get("weight") is None:
         msg = f"{where} has no plain parameter 'weight' (parametrised, or not materialised yet)"
         raise TargetError(msg)
+    check_unhooked(module, where)
+    return module
+
+
+def check_unhooked(module: nn.Module, where: str) -> None:
+    """Make sure that a module has no hooks, which the one in its place would not have.
+
+    Raises:
+        TargetError: names them.
+    """
     hooked = [attribute for attribute in _HOOKS if getattr(module, attribute, None)]
     # A class may set such hooks up by itself. They move with it, unless they hold the old object.
     held = [h for h in getattr(module, _LOAD_HOOKS).values() if getattr(h, "module", None)]
@@ -66,7 +75,6 @@ def check_base(module: nn.Module, name: str) -> nn.Linear:
     if hooked:
         msg = f"{where} has hooks that would be lost ({', '.join(hooked)}); add them afterwards"
         raise TargetError(msg)
-    return module
 
 
 def take_over(layer: nn.Linear, base: nn.Linear, name: str) -> None:

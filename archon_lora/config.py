@@ -265,6 +265,13 @@ class LoRAConfig:
         )
 
 
+def check_config(config: object) -> None:
+    """Refuse what is no LoRAConfig, such as a mapping of settings (:class:`LoRAConfigError`)."""
+    if not isinstance(config, LoRAConfig):
+        msg = f"config must be a LoRAConfig, got {type(config).__name__}"
+        raise LoRAConfigError(msg)
+
+
 def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
     """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank

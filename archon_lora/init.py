@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-InitKind = Literal["kaiming", "gaussian", "zeros"]
+InitKind = Literal["kaiming", "gaussian", "normal", "zeros"]
 
 
 def initial_value(seed: int, fqn: str, global_shape: Sequence[int], kind: str) -> Tensor:
@@ -26,7 +26,8 @@ def initial_value(seed: int, fqn: str, global_shape: Sequence[int], kind: str) -
         global_shape: shape of the unsharded parameter; A is ``(..., r, in)``.
         kind: ``"kaiming"``: U(-b, b) with b = 1/sqrt(in), which is what ``kaiming_uniform_`` with
             a = sqrt(5) gives for A (PEFT, torchtune, nn.Linear); ``"gaussian"``: mean 0 and
-            standard deviation 1/r (PEFT); ``"zeros"``.
+            standard deviation 1/r (PEFT); ``"normal"``: mean 0 and standard deviation 1 (PEFT's B
+            of embeddings); ``"zeros"``.
 
     Returns:
         fp32 tensor on the CPU.
@@ -43,9 +44,9 @@ def initial_value(seed: int, fqn: str, global_shape: Sequence[int], kind: str) -
     if kind == "kaiming":
         bound = 1.0 / math.sqrt(shape[-1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if kind == "gaussian":
+    if kind in ("gaussian", "normal"):
         # Drawn in fp64: the fp32 kernel for normal values differs between instruction sets.
         drawn = torch.empty(shape, dtype=torch.float64).normal_(generator=generator)
-        return (drawn / shape[-2]).float()
-    msg = f"init must be 'kaiming', 'gaussian' or 'zeros', got {kind!r}"
+        return (drawn / shape[-2] if kind == "gaussian" else drawn).float()
+    msg = f"init must be 'kaiming', 'gaussian', 'normal' or 'zeros', got {kind!r}"
     raise ValueError(msg)

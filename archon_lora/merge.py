@@ -55,7 +55,7 @@ def merge_factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     Returns:
         A new fp32 tensor of the weight's shape on its device.
     """
-    base, down, up = (_whole(t).float() for t in (weight, a, b))
+    base, down, up = (whole_tensor(t).float() for t in (weight, a, b))
     product = torch.addmm if base.dim() == 2 else torch.baddbmm
     return product(base, up, down, alpha=scaling)
 
@@ -84,5 +84,6 @@ def iter_merged_weights(
                 yield (f"{name}.{stack}" if name else stack), merged
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if it is sharded (collective over its mesh), without its history."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

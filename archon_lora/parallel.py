@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .embedding import LoRAEmbedding
 from .errors import LoRAConfigError, TargetError
 from .linear import LoRALinear
 from .tensor_parallel import ColumnParallel, RowParallel
@@ -51,6 +52,15 @@ def _adapted(module: nn.Module) -> LoRALinear:
     return module
 
 
+def _factors_a(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A of every adapter that a module holds."""
+    if isinstance(module, LoRALinear):
+        for name in module.adapter_names():
+            yield module.adapter_of(name).lora_a.get_parameter("weight")
+    elif isinstance(module, LoRAEmbedding):
+        yield module.lora_embedding_a
+
+
 def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> ShardPlacementFn:
     """A ``shard_placement_fn`` for ``fully_shard`` that splits adapters where they are long.
 
@@ -80,10 +90,7 @@ def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> S
     # By identity, without keeping the whole tensors alive once FSDP2 has replaced them.
     split_on_input: dict[int, weakref.ref[nn.Parameter]] = {}
     for module in model.modules():
-        if not isinstance(module, LoRALinear):
-            continue
-        for name in module.adapter_names():
-            weight = module.adapter_of(name).lora_a.get_parameter("weight")
+        for weight in _factors_a(module):
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             if local.shape[1] % shards == 0:
                 split_on_input[id(weight)] = weakref.ref(weight)

@@ -18,7 +18,7 @@ from .config import LoRAConfig
 from .errors import AdapterMismatch, LoRAConfigError, UnmappedName
 from .names import DEFAULT_ADAPTER
 from .peft_config import check_fields
-from .peft_keys import PEFT_PREFIX, Factor, parse_peft_key, peft_key
+from .peft_keys import PEFT_PREFIX, Factor, is_embedding_key, parse_peft_key, peft_key
 from .placement import copy_local_, local_slice, reshard
 from .sites import AdapterSite, adapter_sites
 from .stacked import StackedAdapter, TensorReader, check_layout
@@ -110,7 +110,7 @@ def peft_export(
         for factor in _FACTORS:
             rule = {
                 "source": site.source(factor),
-                "key": peft_key(hf, factor),
+                "key": site.key(hf, factor),
                 "scale": site.scaling if normalise and factor == "B" else 1.0,
                 "pad_dim": _RANK_DIM[factor] if padded else None,
                 "pad_to": widest if padded else None,
@@ -277,13 +277,14 @@ def _match_keys(
         except UnmappedName:
             unexpected.append(key)
             continue
-        if factor[0] not in sites:
+        site = sites.get(factor[0])
+        if site is None or site.embedding != is_embedding_key(key):
             unexpected.append(key)
         elif factor in keys:
             double.append(key)
         else:
             keys[factor] = key
-    missing = [peft_key(hf, f) for hf in sites for f in _FACTORS if (hf, f) not in keys]
+    missing = [s.key(hf, f) for hf, s in sites.items() for f in _FACTORS if (hf, f) not in keys]
     found = (("missing", missing), ("unexpected", unexpected), ("given twice", double))
     return keys, [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapter import AppliedLoRA
+from .embedding import EMBEDDING_FACTORS, LoRAEmbedding
 from .errors import NoAdapterError
 from .experts import LoRAGroupedExperts, factor_names
 from .linear import LoRALinear
 from .names import DEFAULT_ADAPTER, canonical_modules
-from .peft_keys import Factor
+from .peft_keys import Factor, peft_key
 from .protocol import names_in
 
 _SHOWN = 8
@@ -29,6 +30,7 @@ class AdapterSite:
         index: the expert's place in the stacks, or None.
         rank: inner dimension.
         scaling: factor on the update.
+        embedding: the layer is an embedding: ``in`` counts its rows, ``out`` is their width.
     """
 
     a: Tensor
@@ -38,6 +40,11 @@ class AdapterSite:
     index: int | None
     rank: int
     scaling: float
+    embedding: bool = False
+
+    def key(self, hf: str, factor: Factor) -> str:
+        """What PEFT calls a factor, given the module's HF name."""
+        return peft_key(hf, factor, embedding=self.embedding)
 
     def parameter(self, factor: Factor) -> Tensor:
         """The parameter that holds a factor."""
@@ -76,6 +83,10 @@ def adapter_sites(
     gone: list[str] = []
     for fqn, hf in record.matched.items():
         layer = modules.get(fqn)
+        if isinstance(layer, LoRAEmbedding):
+            if adapter in layer.adapter_names():
+                sites[hf] = _embedding_site(layer, fqn)
+            continue
         if not isinstance(layer, LoRALinear):
             gone.append(fqn)
             continue
@@ -106,4 +117,10 @@ def adapter_sites(
     return sites
 
 
-_HOLDERS = (LoRALinear, LoRAGroupedExperts)
+def _embedding_site(layer: LoRAEmbedding, fqn: str) -> AdapterSite:
+    a_name, b_name = (f"{fqn}.{name}" for name in EMBEDDING_FACTORS)
+    a, b = layer.lora_embedding_a, layer.lora_embedding_b
+    return AdapterSite(a, b, a_name, b_name, None, layer.rank, layer.scaling, embedding=True)
+
+
+_HOLDERS = (LoRALinear, LoRAEmbedding, LoRAGroupedExperts)

@@ -235,6 +235,12 @@ class VocabularyParallel(LocalStyle):
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             msg = f"VocabularyParallel is for a plain nn.Embedding, got {type(module).__name__}"
             raise ParallelConfigError(msg)
+        if hasattr(module, "adapter_params"):
+            msg = (
+                "an embedding with an adapter cannot be split by rows: leave it out of "
+                "target_modules, or set tp=1"
+            )
+            raise ParallelConfigError(msg)
         return {"weight": _Part(Shard(0), Shard(0))}
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

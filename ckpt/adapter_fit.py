@@ -215,7 +215,8 @@ def _match(
     own = scaling_of(file.config, there)
     plain = scaling_of(export.peft_config, module)
     pair = {"A": "B", "B": "A"}[side]
-    other = scales[f"{rule.key.removesuffix(f'{side}.weight')}{pair}.weight"]
+    tail = side + (".weight" if rule.key.endswith(".weight") else "")  # embeddings have none
+    other = scales[rule.key.removesuffix(tail) + tail.replace(side, pair)]
     scaling = plain * rule.scale * other
     if not rescale and not any(math.isclose(own, s, rel_tol=_SAME) for s in (plain, scaling)):
         return (

@@ -24,7 +24,9 @@ EXPORT_DTYPES: Final[Mapping[str, tuple[torch.dtype, str]]] = {
 }
 """Dtypes an adapter may be written in: our name to (torch dtype, safetensors code)."""
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<rows>[AB]))"
+)
 
 _NAMED_KEY = re.compile(
     r"(?P<head>.*\.lora_(?:embedding_)?[AB])\.(?P<adapter>[^.]+)(?P<tail>\.weight)"
@@ -41,7 +43,8 @@ def split_key(key: str) -> tuple[str, str]:
     """Take a PEFT key apart.
 
     Args:
-        key: ``base_model.model.<module>.lora_A.weight`` or ``….lora_B.weight``.
+        key: ``base_model.model.<module>.lora_A.weight`` or ``….lora_B.weight``; of an embedding
+            ``….lora_embedding_A`` or ``….lora_embedding_B``.
 
     Returns:
         The module's name and ``"A"`` or ``"B"``.
@@ -56,7 +59,7 @@ def split_key(key: str) -> tuple[str, str]:
             "'base_model.model.<module>.lora_A.weight' (or lora_B)"
         )
         raise ConfigError(msg)
-    return match["module"], match["side"]
+    return match["module"], match["linear"] or match["rows"]
 
 
 def rank_of(config: Mapping[str, Any], module: str) -> int:

@@ -106,6 +106,23 @@ class TransformerBlock(nn.Module):
         return h_BSD + fed_BSD
 
 
+class TokenEmbedding(nn.Embedding):
+    """The token embedding, which knows whether its weight is the output head's too."""
+
+    def __init__(self, rows: int, width: int, *, tied: bool) -> None:
+        super().__init__(rows, width)
+        self.tied = tied
+
+    def untargetable(self, hf_name: str) -> dict[str, str]:
+        """What no adapter may be put beside; see :class:`archon_lora.candidates.Untargetable`."""
+        if not self.tied:
+            return {}
+        return {
+            hf_name: "its weight is the output head's too (tie_word_embeddings): an adapter "
+            "would exist on one side only, and engines treat it in different ways"
+        }
+
+
 class Decoder(nn.Module):
     """A decoder for causal language modelling.
 
@@ -134,7 +151,9 @@ class Decoder(nn.Module):
         self.embedding_scale = config.hidden_size**0.5 if traits.scale_embedding else None
         self.logit_softcap = traits.logit_softcap
         self.windows = [traits.window(i) for i in range(config.num_hidden_layers)]
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = TokenEmbedding(
+            config.vocab_size, config.hidden_size, tied=config.tie_word_embeddings
+        )
         self.layers = nn.ModuleDict(
             {str(i): self.block_cls(config, i) for i in range(config.num_hidden_layers)}
         )

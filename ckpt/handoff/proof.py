@@ -18,6 +18,7 @@ from typing import Final, Literal, TypeAlias
 from ckpt.errors import DamagedError
 from ckpt.layout import MANIFEST
 from ckpt.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from ckpt.peft_config import split_key
 
 from .engine import Engine, ProofError
 from .probe import Probe, distance
@@ -178,11 +179,13 @@ def _what_it_is(probe: Probe, answer: Sequence[float], off: float, *, same: bool
 
 
 def _has_effect(directory: Path) -> bool:
-    """Whether the adapter changes anything: a fresh one, whose B are zero, does not."""
+    """Whether the adapter changes anything: a fresh one, of whose A and B one is zero, does not."""
     _, tensors = read_adapter(directory)
-    return any(
-        bool(tensor.count_nonzero()) for key, tensor in tensors.items() if "lora_A" not in key
-    )
+    felt: dict[str, list[bool]] = {}
+    for key, tensor in tensors.items():
+        module, _ = split_key(key)
+        felt.setdefault(module, []).append(bool(tensor.count_nonzero()))
+    return any(map(all, felt.values()))
 
 
 def _sha256(path: Path) -> str:

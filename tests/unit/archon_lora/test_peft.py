@@ -84,6 +84,14 @@ def test_keys_both_ways() -> None:
         )
 
 
+def test_keys_of_embeddings_both_ways() -> None:
+    for factor in ("A", "B"):
+        key = peft_key("model.embed_tokens", factor, embedding=True)
+        assert key == f"base_model.model.model.embed_tokens.lora_embedding_{factor}"
+        assert parse_peft_key(key) == ("model.embed_tokens", factor)
+        assert parse_peft_key(f"{key}.default") == ("model.embed_tokens", factor)
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -92,7 +100,8 @@ def test_keys_both_ways() -> None:
         "base_model.model.q_proj.lora_C.weight",
         "base_model.model.q_proj.lora_A.bias",
         "base_model.model.q_proj.lora_A.other.weight",
-        "base_model.model.embed.lora_embedding_A",
+        "base_model.model.embed.lora_embedding_A.weight",
+        "base_model.model.embed.lora_embedding_C",
         "base_model.model.q_proj.lora_magnitude_vector",
         "base_model.model.lora_A.weight",
         "",

@@ -62,7 +62,7 @@ class TestKeys:
             "model.layers.0.q_proj.lora_A.weight",
             "base_model.model.q_proj.lora_A.default.weight",
             "base_model.model.q_proj.lora_C.weight",
-            "base_model.model.q_proj.lora_embedding_A",
+            "base_model.model.q_proj.lora_embedding_A.weight",
             "base_model.model.q_proj.lora_magnitude_vector",
             "base_model.model.lm_head.weight",
         ],

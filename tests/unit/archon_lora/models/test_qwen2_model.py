@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from archon_lora import LoRAConfig, TargetError, apply_lora
 from archon_lora.models import KVCache
 from archon_lora.models.masks import visibility
 from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model, parallelize
@@ -58,6 +59,10 @@ def test_tied_model_has_one_parameter_under_one_name():
     assert logits.shape == (1, 2, 40)
     logits.sum().backward()
     assert tied.tok_embeddings.weight.grad[39].abs().sum() > 0  # reached through the head alone
+    wanted = r"selects tok_embeddings, but .*\(tie_word_embeddings\)"
+    with pytest.raises(TargetError, match=wanted):
+        apply_lora(tied, LoRAConfig(target_modules=["wq", "tok_embeddings"]))
+    apply_lora(Qwen2Model(CONFIG), LoRAConfig(target_modules=["wq", "tok_embeddings"]))
 
 
 def test_rotary_frequencies_survive_meta_to_empty_and_casts(model):
