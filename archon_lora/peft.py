@@ -62,6 +62,7 @@ def peft_export(
     normalise: bool = True,
     base_model_name: str = "",
     adapter: str = DEFAULT_ADAPTER,
+    experts: str = "single",
 ) -> dict[str, Any]:
     """How to make a PEFT adapter from this model's parameters, as plain data.
 
@@ -77,16 +78,27 @@ def peft_export(
         normalise: see above.
         base_model_name: value of ``base_model_name_or_path``.
         adapter: which one; a file does not name it.
+        experts: how adapters on experts are written: ``"single"``, each by itself, or
+            ``"stacked"``, all of a layer in one tensor, for engines that want them so. Only said
+            here: rules and configuration are those of the single form, of which a writer makes
+            the other. Needs ``normalise``.
 
     Returns:
         ``{"peft_config": {...}, "rules": [{"source", "key", "scale", "pad_dim", "pad_to",
-        "index"}, ...], "others": [...]}``, JSON-able; rules in the order of the modules, A before
-        B; ``others`` are the names of the parameters of all other adapters.
+        "index"}, ...], "others": [...], "experts": ...}``, JSON-able; rules in the order of the
+        modules, A before B; ``others`` are the names of the parameters of all other adapters.
 
     Raises:
         LoRANotEnabled: no LoRA in the model.
         NoAdapterError: modules that were adapted are gone, or no adapter has that name.
+        LoRAConfigError: ``experts`` is neither form, or experts cannot be stacked.
     """
+    if experts not in ("single", "stacked") or (experts == "stacked" and not normalise):
+        msg = (
+            f"experts must be 'single', or 'stacked' in the normalised form, got {experts!r} with "
+            f"normalise={normalise}"
+        )
+        raise LoRAConfigError(msg)
     model = applied_lora(model).whole or model
     record = applied_lora(model, adapter)
     sites = adapter_sites(model, record, adapter=adapter)
@@ -119,7 +131,7 @@ def peft_export(
             rules.append(rule)
     own = {rule["source"] for rule in rules}
     others = [name for name in get_adapter_params(model, frozen=True) if name not in own]
-    return {"peft_config": config, "rules": rules, "others": others}
+    return {"peft_config": config, "rules": rules, "others": others, "experts": experts}
 
 
 def load_adapter_tensors(

@@ -11,22 +11,16 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .coverage import tiling_problem
 from .dtypes import TORCH_DTYPES
 from .envelope import canonical_json
 from .errors import ConfigError, DamagedError, StateError
+from .expert_form import stack_experts
 from .peft_config import EXPORT_DTYPES, check_export, rank_of, split_key
+from .planned import PlannedStack, PlannedTensor
 from .types import MODEL_PREFIX, AdapterExport, TensorRecord, TensorRule
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One PEFT tensor: the rule, the checkpoint tensor it is made from, and its final shape."""
-
-    rule: TensorRule
-    record: TensorRecord
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +32,14 @@ class AdapterPlan:
         header: length, JSON and padding, up to the first tensor's byte.
         tensors: in file order, which is the sorted order of their PEFT keys.
         size: bytes of the whole file.
+        peft_config: content of ``adapter_config.json`` beside it.
     """
 
     dtype: str
     header: bytes
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[PlannedTensor | PlannedStack, ...]
     size: int
+    peft_config: Mapping[str, Any]
 
 
 def plan_adapter(
@@ -73,8 +69,12 @@ def plan_adapter(
     _check_complete(planned, records, export.others)
     for record in {tensor.record.name: tensor.record for tensor in planned}.values():
         check_cover(record)
-    header, size = _lay_out(planned, dtype)
-    return AdapterPlan(dtype, header, planned, size)
+    tensors: tuple[PlannedTensor | PlannedStack, ...] = planned
+    config = export.peft_config
+    if export.experts == "stacked":
+        tensors, config = stack_experts(planned, config)
+    header, size = _lay_out(tensors, dtype)
+    return AdapterPlan(dtype, header, tensors, size, config)
 
 
 def _plan_tensor(rule: TensorRule, records: Mapping[str, TensorRecord]) -> PlannedTensor:
@@ -183,14 +183,14 @@ def check_cover(record: TensorRecord) -> None:
             raise DamagedError(msg)
 
 
-def _lay_out(planned: tuple[PlannedTensor, ...], dtype: str) -> tuple[bytes, int]:
+def _lay_out(planned: tuple[PlannedTensor | PlannedStack, ...], dtype: str) -> tuple[bytes, int]:
     """Header and file size, after the safetensors format: u64 length, JSON, contiguous data."""
     torch_type, code = EXPORT_DTYPES[dtype]
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in planned:
         end = position + math.prod(tensor.shape) * torch_type.itemsize
-        entries[tensor.rule.key] = {
+        entries[tensor.key] = {
             "dtype": code,
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
@@ -215,7 +215,13 @@ class AdapterPlans:
     ) -> AdapterPlan:
         """What :func:`plan_adapter` gives; raises as it does."""
         # The configuration is compared in bytes: a caller may change it in place.
-        key = (dtype, canonical_json(export.peft_config), export.rules, export.others)
+        key = (
+            dtype,
+            canonical_json(export.peft_config),
+            export.rules,
+            export.others,
+            export.experts,
+        )
         same = len(records) == len(self._records) and all(
             map(operator.is_, records.values(), self._records)
         )

@@ -15,8 +15,8 @@ from typing import Final
 
 import torch
 
-from .adapter_plan import PlannedTensor
 from .dtypes import TORCH_DTYPES
+from .planned import PlannedStack, PlannedTensor
 from .types import Chunk
 
 _FLOATS: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -67,7 +67,9 @@ class Run:
             low, number = stop, number + 1
 
 
-def runs(tensors: Iterable[PlannedTensor]) -> Iterator[Run | PlannedTensor]:
+def runs(
+    tensors: Iterable[PlannedTensor | PlannedStack],
+) -> Iterator[Run | PlannedTensor | PlannedStack]:
     """Everything in file order: runs, and between them the tensors that are no part of one.
 
     A tensor that is stored in several chunks, padded, cut out of a larger one, or of a dtype that
@@ -75,11 +77,12 @@ def runs(tensors: Iterable[PlannedTensor]) -> Iterator[Run | PlannedTensor]:
     """
     held: list[PlannedTensor] = []
     for tensor in tensors:
-        if held and not (_is_whole(tensor) and _follows(tensor, held[-1])):
+        whole = tensor if isinstance(tensor, PlannedTensor) and _is_whole(tensor) else None
+        if held and not (whole is not None and _follows(whole, held[-1])):
             yield Run.of(held)
             held = []
-        if _is_whole(tensor):
-            held.append(tensor)
+        if whole is not None:
+            held.append(whole)
         else:
             yield tensor
     if held:

@@ -47,7 +47,8 @@ def ballot(job: Job, record: FileRecord | None) -> dict[str, Any]:
 
 
 def _digest(export: AdapterExport) -> str:
-    document = [dict(export.peft_config), [asdict(rule) for rule in export.rules]]
+    rules = [asdict(rule) for rule in export.rules]
+    document = [dict(export.peft_config), rules, export.experts]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,7 +29,15 @@ from .consolidate import consolidate
 from .errors import ConfigError
 from .export_layouts import Layout, Place, default_name, place, write_placed
 from .peft import WrittenAdapter
+from .types import ExpertForm
 from .versions import export_version
+
+
+class Experts(StrEnum):
+    """How adapters on the experts of a mixture are written; see :mod:`ckpt.expert_form`."""
+
+    single = "single"
+    stacked = "stacked"
 
 
 class Format(StrEnum):
@@ -59,6 +67,12 @@ def export_command(
     layout: Annotated[
         Layout, typer.Option("--layout", help="Whose directory of adapters OUT is, if it is one.")
     ] = Layout.peft,
+    experts: Annotated[
+        Experts | None,
+        typer.Option(
+            "--experts", help="Adapters of a layer's experts: each by itself, or stacked."
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="With --layout: the adapter's name; the version's by default."),
@@ -70,13 +84,16 @@ def export_command(
     with reported(as_json):
         refuse_both(step, version)
         if form is Format.dcp:
-            if version is not None or dtype is not None or overwrite or layout is not Layout.peft:
-                msg = "--version, --dtype, --layout and --overwrite are for --format peft"
-                raise ConfigError(msg)
+            given = (version, dtype, experts, overwrite or None)
+            if given != (None,) * len(given) or layout is not Layout.peft:
+                names = "--version, --dtype, --experts, --layout and --overwrite"
+                raise ConfigError(f"{names} are for --format peft")
             export_to_dcp(url, out, step, epoch, endpoint_url, as_json)
             return
         if version is not None and dtype is not None:
             raise ConfigError("a version is copied as it was published: leave --dtype out")
+        if version is not None and experts is not None:
+            raise ConfigError("a version is copied as it was published: leave --experts out")
         if layout is Layout.peft and name is not None:
             raise ConfigError("--name goes with --layout; without it, OUT is the directory itself")
         if layout is not Layout.peft and overwrite:
@@ -91,6 +108,7 @@ def export_command(
             epoch=epoch,
             version=version,
             dtype=(dtype or Dtype.bfloat16).value,
+            experts=None if experts is None else experts.value,
             overwrite=overwrite,
             layout=layout,
             name=name,
@@ -107,6 +125,7 @@ def _export_peft(
     epoch: int | None,
     version: str | None,
     dtype: str,
+    experts: ExpertForm | None,
     overwrite: bool,
     layout: Layout,
     name: str | None,
@@ -136,6 +155,7 @@ def _export_peft(
             target,
             epoch=epoch,
             dtype=dtype,
+            experts=experts,
             overwrite=overwrite,
             storage_options=store_options(url, endpoint_url),
             out_storage_options=options,

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from .adapter_plan import AdapterPlan, PlannedTensor, plan_adapter
+from .adapter_plan import AdapterPlan, plan_adapter
 from .adapter_runs import Run, runs
 from .catalog import find_step
 from .dtypes import TORCH_DTYPES
@@ -26,9 +26,10 @@ from .errors import DamagedError, NoCheckpoint, NonFiniteError
 from .memory import bytes_of
 from .peft import WeightsFile, WrittenAdapter, local_directory, write_adapter_dir
 from .peft_config import EXPORT_DTYPES
+from .planned import PlannedStack, PlannedTensor
 from .source import CACHE_BYTES, MemorySource, StepSource, TensorSource
 from .storage import open_storage
-from .types import AdapterExport, Chunk, TensorRule
+from .types import AdapterExport, Chunk, ExpertForm, TensorRule
 
 PIECE_BYTES: Final = 4 * 1024 * 1024
 """Largest block that is converted at once, unless a single row is larger. It stays in a processor's
@@ -58,6 +59,8 @@ def stream_adapter(plan: AdapterPlan, source: TensorSource) -> Iterator[memoryvi
     for part in runs(plan.tensors):
         if isinstance(part, Run):
             yield from _stream_run(part, source, dtype)
+        elif isinstance(part, PlannedStack):
+            yield from _stream_stack(part, source, dtype)
         else:
             yield from _stream_rows(part, source, dtype)
 
@@ -92,12 +95,50 @@ def _stream_rows(
     rows = tensor.shape[0]
     step = max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
     for first in range(0, rows, step):
-        block = _read_rows(tensor, first, min(first + step, rows), source)
-        if tensor.rule.scale != 1.0:
-            block.mul_(tensor.rule.scale)
-        out = block.view(-1).to(dtype)
-        _refuse_non_finite(out, block, tensor.rule)
-        yield bytes_of(out)
+        block = _scaled_rows(tensor, first, min(first + step, rows), source)
+        yield _encode(block, dtype, tensor.rule)
+
+
+def _stream_stack(
+    stack: PlannedStack, source: TensorSource, dtype: torch.dtype
+) -> Iterator[memoryview]:
+    """One tensor for all experts of a layer: one expert, or a few rows of all, at a time."""
+    if stack.side == "A":
+        for parts in stack.parts:
+            block = torch.zeros((stack.width, stack.shape[1]), dtype=torch.float32)
+            row = 0
+            for part in parts:
+                end = row + part.shape[0]
+                block[row:end] = _scaled_rows(part, 0, part.shape[0], source)
+                row = end
+            yield _encode(block, dtype, parts[0].rule)
+        return
+    rank = 0
+    for place, part in enumerate(stack.parts[0]):
+        step = max(1, PIECE_BYTES // (4 * stack.shape[1]))
+        for first in range(0, part.shape[0], step):
+            last = min(first + step, part.shape[0])
+            rows = torch.zeros((last - first, stack.width, len(stack.parts)), dtype=torch.float32)
+            for expert, parts in enumerate(stack.parts):
+                values = _scaled_rows(parts[place], first, last, source)
+                rows[:, rank : rank + values.shape[1], expert] = values
+            yield _encode(rows, dtype, part.rule)
+        rank += part.shape[1]
+
+
+def _scaled_rows(
+    tensor: PlannedTensor, first: int, last: int, source: TensorSource
+) -> torch.Tensor:
+    block = _read_rows(tensor, first, last, source)
+    if tensor.rule.scale != 1.0:
+        block.mul_(tensor.rule.scale)
+    return block
+
+
+def _encode(block: torch.Tensor, dtype: torch.dtype, rule: TensorRule) -> memoryview:
+    out = block.view(-1).to(dtype)
+    _refuse_non_finite(out, block, rule)
+    return bytes_of(out)
 
 
 def _read_rows(tensor: PlannedTensor, first: int, last: int, source: TensorSource) -> torch.Tensor:
@@ -178,6 +219,7 @@ def consolidate(
     *,
     epoch: int | None = None,
     dtype: str = "bfloat16",
+    experts: ExpertForm | None = None,
     overwrite: bool = False,
     cache_bytes: int = CACHE_BYTES,
     storage_options: Mapping[str, Any] | None = None,
@@ -191,6 +233,7 @@ def consolidate(
         out: the directory to make, local or remote; readers see all of it or nothing.
         epoch: the writer's epoch, to take an abandoned step.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        experts: form of the adapters on experts; by default the one that the trainer chose.
         overwrite: replace an adapter that is at ``out`` already.
         cache_bytes: bound on the blocks that are kept in memory once verified; one is kept always.
         storage_options: for the root's store.
@@ -215,14 +258,17 @@ def consolidate(
         )
         raise NoCheckpoint(msg)
     source = StepSource(storage, entry.path, manifest, cache_bytes=cache_bytes)
-    plan = plan_adapter(manifest.export, source.records, dtype)
+    export = manifest.export
+    if experts is not None:
+        export = replace(export, experts=experts)
+    plan = plan_adapter(export, source.records, dtype)
     options = out_storage_options
     if options is None and local_directory(out) is None:
         options = storage_options
     written = write_adapter_dir(
         out,
         WeightsFile(plan.size, stream_adapter(plan, source)),
-        manifest.export.peft_config,
+        plan.peft_config,
         overwrite=overwrite,
         storage_options=options,
     )
@@ -256,7 +302,7 @@ def export_tensors(
     return write_adapter_dir(
         out,
         WeightsFile(plan.size, stream_adapter(plan, source)),
-        export.peft_config,
+        plan.peft_config,
         overwrite=overwrite,
         storage_options=storage_options,
     )

@@ -17,6 +17,7 @@ from .errors import ConfigError, DamagedError, PlanError
 from .layout import MAX_EPOCH, MAX_STEP, MAX_VERSION, MAX_WORLD, parse_version_name
 from .record_codec import (
     base_json,
+    export_extras,
     export_json,
     file_json,
     parse_attempt,
@@ -32,10 +33,10 @@ STEP_FORMAT = "ckpt.step"
 VERSION_FORMAT = "ckpt.version"
 WRITER_FORMAT = "ckpt.writer"
 SCHEMA = 1
-STEP_SCHEMA = 3
+STEP_SCHEMA = 4
 """The newest schema of a step's manifest. One that needs nothing of it is written as schema 1."""
 
-_SINCE = {"metrics": 2, "other_adapters": 3}
+_SINCE = {"metrics": 2, "other_adapters": 3, "experts": 4}
 _METRIC_NAME_MAX = 200
 _DTYPE_NAME = re.compile(r"[A-Za-z0-9_]{1,32}")
 
@@ -146,9 +147,7 @@ class StepManifest:
         }
         if self.metrics:
             body["metrics"] = plain_json(self.metrics, "metrics")
-        others = () if self.export is None else self.export.others
-        if others:
-            body["other_adapters"] = list(others)
+        body |= export_extras(self.export)
         _check({**body, "tensors": []}, STEP_FORMAT, _parse_step)
         schema = max([SCHEMA, *(_SINCE[name] for name in _SINCE if name in body)])
         return seal(STEP_FORMAT, schema, body, {"tensors": checked.encoded})
@@ -313,7 +312,7 @@ def _parse_step(body: dict[str, Any], where: str) -> StepManifest:
         mesh=fields.optional("mesh", fields.json),
         fingerprint=fields.text("fingerprint", 200),
         base=parse_base(fields),
-        export=parse_export(fields, with_others="other_adapters" in body),
+        export=parse_export(fields, body.keys()),
         tensors=tensors,
         files=files,
         adapter_sha256=fields.optional("adapter_sha256", fields.sha256),

@@ -95,12 +95,12 @@ def publish_version(
     authority = authority or storage
     try:
         plan = (plans or AdapterPlans()).plan(export, source.records, dtype)
-        check_publishable(plan.header, export.peft_config)
+        check_publishable(plan.header, plan.peft_config)
         number = claim_number(authority, run, epoch, attempt)
         claimed = version_name(run, number)
         weights = WeightsFile(plan.size, stream_adapter(plan, source))
         directory = _work_dir(storage, run, number, attempt)
-        written = write_adapter_files(storage, directory, weights, export.peft_config)
+        written = write_adapter_files(storage, directory, weights, plan.peft_config)
         manifest = VersionManifest(
             number=number,
             name=claimed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -45,6 +45,16 @@ def export_json(export: AdapterExport | None) -> dict[str, Any] | None:
             for rule in export.rules
         ],
     }
+
+
+def export_extras(export: AdapterExport | None) -> dict[str, Any]:
+    """The members beside ``export`` that say more of it, where there is more to say."""
+    extras: dict[str, Any] = {}
+    if export is not None and export.others:
+        extras["other_adapters"] = list(export.others)
+    if export is not None and export.experts != "single":
+        extras["experts"] = export.experts
+    return extras
 
 
 def tensor_json(tensor: TensorRecord) -> dict[str, Any]:
@@ -95,19 +105,32 @@ def parse_base(fields: Fields) -> BaseIdentity | None:
     return identity
 
 
-def parse_export(fields: Fields, *, with_others: bool) -> AdapterExport | None:
-    """The member ``export``, and ``other_adapters`` where the document has it.
+def parse_export(fields: Fields, members: Container[str]) -> AdapterExport | None:
+    """The member ``export``, and those beside it, ``other_adapters`` and ``experts``.
 
     No PEFT key may be made twice.
+
+    Args:
+        fields: the document.
+        members: what it has.
     """
-    others = fields.texts("other_adapters") if with_others else ()
+    others = fields.texts("other_adapters") if "other_adapters" in members else ()
+    form = fields.text("experts", 32) if "experts" in members else None
     if fields.raw("export") is None:
-        if with_others:
-            fields.refuse("other_adapters", "must be absent without an export", list(others))
+        for name in ("other_adapters", "experts"):
+            if name in members:
+                fields.refuse(name, "must be absent without an export", fields.raw(name))
         return None
+    if form not in (None, "stacked"):
+        fields.refuse("experts", 'must be "stacked" or absent', form)
     export = fields.child("export")
     rules = tuple(_parse_rule(rule) for rule in export.objects("rules"))
-    result = AdapterExport(peft_config=export.json("peft_config"), rules=rules, others=others)
+    result = AdapterExport(
+        peft_config=export.json("peft_config"),
+        rules=rules,
+        others=others,
+        experts="single" if form is None else "stacked",
+    )
     export.done()
     _refuse_repeats(fields, "export.rules", (rule.key for rule in rules))
     _refuse_repeats(fields, "other_adapters", others)

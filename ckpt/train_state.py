@@ -25,7 +25,7 @@ from .rng import apply_rng, capture_rng, derive_rng
 from .stages import join_optimizers, join_schedules
 from .state import encode_state
 from .state_parts import ALL_PARTS, Part
-from .types import MODEL_PREFIX, AdapterExport, BaseIdentity, TensorRule
+from .types import EXPERT_FORMS, MODEL_PREFIX, AdapterExport, BaseIdentity, TensorRule
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +386,11 @@ def export_of(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:
     try:
         rules = tuple(TensorRule(**rule) for rule in export["rules"])
         others = tuple(export.get("others", ()))
-        return AdapterExport(dict(export["peft_config"]), rules, others)
+        form = export.get("experts", "single")
+        if form not in EXPERT_FORMS:
+            msg = f"the export's experts must be one of {', '.join(EXPERT_FORMS)}, got {form!r}"
+            raise ConfigError(msg)
+        return AdapterExport(dict(export["peft_config"]), rules, others, form)
     except (KeyError, TypeError) as error:
         msg = f"the adapter export needs 'peft_config' and 'rules' of TensorRule fields: {error}"
         raise ConfigError(msg) from error

@@ -12,6 +12,11 @@ MODEL_PREFIX = "model."
 OPTIM_PREFIX = "optim."
 """Prefix of an optimizer tensor: ``optim.<FQN>.<state key>``, e.g. ``optim.w.exp_avg``."""
 
+ExpertForm = Literal["single", "stacked"]
+"""How the adapters on a layer's experts lie in a PEFT file: each by itself, or all in one pair."""
+
+EXPERT_FORMS: tuple[ExpertForm, ...] = ("single", "stacked")
+
 BLOCK_BYTES = 8 * 1024 * 1024
 """Files carry a CRC32 per block of this many bytes, so that a range can be verified alone."""
 
@@ -106,11 +111,14 @@ class AdapterExport:
         rules: one rule for every tensor of ``adapter_model.safetensors``.
         others: canonical FQNs of tensors that are saved with it and belong to other adapters of the
             same model; they are left out of this adapter on purpose.
+        experts: form in which adapters on experts are written (:mod:`ckpt.expert_form`). Rules and
+            configuration are those of the single form all the same.
     """
 
     peft_config: Mapping[str, Any]
     rules: tuple[TensorRule, ...]
     others: tuple[str, ...] = ()
+    experts: ExpertForm = "single"
 
 
 @dataclass(frozen=True, slots=True)

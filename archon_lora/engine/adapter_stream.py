@@ -19,8 +19,16 @@ from archon_lora.peft import peft_export
 from ckpt.adapter_plan import plan_adapter
 from ckpt.consolidate import stream_adapter
 from ckpt.dtypes import dtype_code
+from ckpt.expert_form import file_key
 from ckpt.peft import WeightsFile
-from ckpt.types import MODEL_PREFIX, AdapterExport, Chunk, TensorRecord, TensorRule
+from ckpt.types import (
+    MODEL_PREFIX,
+    AdapterExport,
+    Chunk,
+    ExpertForm,
+    TensorRecord,
+    TensorRule,
+)
 
 from .agree import attempt, deadline_of, gather_json, rank_of
 from .gather import Gather, Whole, dtype_name, tensor_bytes
@@ -47,6 +55,7 @@ class AdapterStream:
         engine: the engine, whose LoRA is on.
         base_model_name: ``base_model_name_or_path`` of the PEFT configuration.
         normalise: the serving form instead of the training form.
+        experts: form of the adapters on experts.
 
     Attributes:
         peft_config: content of ``adapter_config.json``.
@@ -55,15 +64,26 @@ class AdapterStream:
         LoRANotEnabled: no LoRA in the model.
         NoAdapterError: no rank holds an adapter parameter.
         AdapterMismatch: ranks disagree about the adapter.
+        StateError: the export does not fit the tensors.
+        ConfigError: experts that cannot be stacked.
     """
 
-    def __init__(self, engine: EngineLike, *, base_model_name: str, normalise: bool) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        *,
+        base_model_name: str,
+        normalise: bool,
+        experts: ExpertForm = "single",
+    ) -> None:
         group, timeout = engine.cpu_group, deadline_of(engine)
         held: dict[str, Tensor] = {}
         mine: list[dict[str, Any]] = []
         with attempt(group, what="collecting the adapter", timeout=timeout):
             for part in _adapted_parts(engine.model_parts):
-                export = peft_export(part, normalise=normalise, base_model_name=base_model_name)
+                export = peft_export(
+                    part, normalise=normalise, base_model_name=base_model_name, experts=experts
+                )
                 params = get_adapter_params(part)
                 # A pipeline stage exports the whole adapter and holds a part of it.
                 sources = {rule["source"] for rule in export["rules"]} & params.keys()
@@ -78,14 +98,18 @@ class AdapterStream:
                 "to save; check target_modules and that apply_lora() ran before sharding"
             )
             raise NoAdapterError(msg)
-        self.peft_config = _merge_configs(exports)
-        self._export = AdapterExport(self.peft_config, tuple(rules.values()))
+        merged = _merge_configs(exports)
+        self._export = AdapterExport(merged, tuple(rules.values()), experts=experts)
         self._group: dist.ProcessGroup | None = group
         names = _arrivals(self._export)
         self._gather = Gather(
             {names[source]: tensor for source, tensor in held.items()}, group, timeout=timeout
         )
         self._dtype = _common_dtype(self._gather.catalogue)
+        records = _records(self._gather, self._export)
+        with attempt(group, what="laying out the adapter", timeout=timeout):
+            self._plan = plan_adapter(self._export, records, self._dtype)
+        self.peft_config: dict[str, Any] = dict(self._plan.peft_config)
 
     @property
     def is_writer(self) -> bool:
@@ -96,12 +120,10 @@ class AdapterStream:
         """The weights file, whose bytes arrive while it is read; on the writer, once.
 
         Raises:
-            StateError: the export does not fit the tensors.
             NonFiniteError: while reading; a value is NaN or infinite.
         """
         source = _Arriving(self._gather, self._export)
-        plan = plan_adapter(self._export, source.records, self._dtype)
-        return WeightsFile(plan.size, stream_adapter(plan, source))
+        return WeightsFile(self._plan.size, stream_adapter(self._plan, source))
 
     def finish(self) -> None:
         """Send, or drop, what was not asked for, so that no rank is left waiting."""
@@ -111,13 +133,22 @@ class AdapterStream:
 def _arrivals(export: AdapterExport) -> dict[str, str]:
     """A name for every source, such that sources arrive in the order in which they are needed.
 
-    A gather goes by the names, and the file by the keys: a source is called after the first key
+    A gather goes by the names, and the file by its keys: a source's name begins with the first key
     that is made from it. Of stacked experts, many are.
     """
-    names: dict[str, str] = {}
-    for rule in sorted(export.rules, key=lambda rule: rule.key):
-        names.setdefault(rule.source, rule.key)
-    return names
+    first: dict[str, str] = {}
+    for rule in export.rules:
+        key = file_key(export, rule.key)
+        first[rule.source] = min(key, first.get(rule.source, key))
+    return {source: f"{key} {source}" for source, key in first.items()}
+
+
+def _records(gather: Gather, export: AdapterExport) -> dict[str, TensorRecord]:
+    """What the gather will bring, each source a file by itself under its arrival name."""
+    return {
+        f"{MODEL_PREFIX}{source}": _record(source, name, gather.catalogue[name])
+        for source, name in _arrivals(export).items()
+    }
 
 
 class _Arriving:
@@ -128,23 +159,22 @@ class _Arriving:
     """
 
     def __init__(self, gather: Gather, export: AdapterExport) -> None:
+        self.records: Mapping[str, TensorRecord] = _records(gather, export)
         self._tensors = iter(gather)
         self._here: dict[str, memoryview] = {}
         names = _arrivals(export)
         self._last: dict[str, str] = {}
-        for rule in sorted(export.rules, key=lambda rule: rule.key):
-            self._last[names[rule.source]] = rule.key
-        self.records: Mapping[str, TensorRecord] = {
-            f"{MODEL_PREFIX}{source}": _record(source, name, gather.catalogue[name])
-            for source, name in names.items()
-        }
+        for rule in export.rules:
+            key, name = file_key(export, rule.key), names[rule.source]
+            self._last[name] = max(key, self._last.get(name, key))
 
     def read(self, file: str, start: int, end: int) -> memoryview:
         """Bytes of a tensor; tensors must first be asked for in the order of their names."""
         if file not in self._here:
-            self._here = {n: data for n, data in self._here.items() if self._last[n] > file}
-            key, tensor = next(self._tensors, (None, None))
-            if key != file or tensor is None:
+            key = file.partition(" ")[0]
+            self._here = {n: data for n, data in self._here.items() if self._last[n] >= key}
+            name, tensor = next(self._tensors, (None, None))
+            if name != file or tensor is None:
                 msg = f"{file} does not arrive in the order in which it is asked for"
                 raise AdapterMismatch(msg)
             self._here[file] = tensor_bytes(tensor)

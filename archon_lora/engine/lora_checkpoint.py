@@ -33,6 +33,7 @@ from ckpt.peft_config import config_bytes
 from ckpt.storage import Buffer, Storage, open_storage
 from ckpt.takeover import WarmStart
 from ckpt.takeover import warm_start as start_from
+from ckpt.types import ExpertForm
 
 from .adapter_stream import AdapterStream, require_lora
 from .agree import agree, attempt, deadline_of, gather_json, rank_of
@@ -50,7 +51,11 @@ def is_lora_adapter_checkpoint(path: str | Path) -> bool:
 
 
 def save_lora_adapter(
-    engine: EngineLike, path: str | Path, base_model_path: str | None = None
+    engine: EngineLike,
+    path: str | Path,
+    base_model_path: str | None = None,
+    *,
+    experts: ExpertForm = "single",
 ) -> None:
     """Write the adapter as a PEFT directory; every rank must call, the first one writes.
 
@@ -65,17 +70,22 @@ def save_lora_adapter(
             :func:`ckpt.storage.open_storage` knows.
         base_model_path: what the configuration names as the base model; by default
             ``engine.config.path``.
+        experts: form of the adapters on experts. ``"stacked"`` is written with one rank and
+            ``alpha = r``, the scaling in B, since no other stack means the same to every reader.
 
     Raises:
         LoRANotEnabled: LoRA is off; the message names the setting.
         NoAdapterError: LoRA is on, but there are no adapter parameters.
+        ConfigError: experts cannot be stacked; there are none, or not all are adapted.
         NonFiniteError: a value is NaN or infinite; nothing was replaced.
         StorageError: the first rank could not write. The other ranks raise ``PeerFailed``.
     """
     where = shown(path)
     require_lora(engine, f"saving an adapter to {where}")
     base = str(engine.config.path) if base_model_path is None else base_model_path
-    stream = AdapterStream(engine, base_model_name=base, normalise=False)
+    stream = AdapterStream(
+        engine, base_model_name=base, normalise=experts == "stacked", experts=experts
+    )
     error: Exception | None = None
     if stream.is_writer:
         try:

@@ -149,6 +149,8 @@ def _targets(subject: Subject) -> Iterator[Finding]:
             detail = f"layers_to_transform is set and {field} is {targets!r}"
             yield from _say("layers-to-transform", ["layers_to_transform"], detail)
     elif targets in ([], ""):
+        if _is_used(subject.config.get("target_parameters")):
+            return  # an adapter on experts alone
         yield from _say("target-modules-empty", [field], f"{field} is {targets!r}")
     elif isinstance(targets, list) and all(isinstance(name, str) for name in targets):
         strange = [name for name in targets if name.rpartition(".")[2] not in SGLANG_MODULES]

@@ -8,7 +8,7 @@ from typing import Final
 from .base import EXPERTS_3D
 from .codes_tensors import TENSOR_RULES
 from .finding import Finding, findings
-from .subject import Factor, Subject, parse_expert
+from .subject import Subject, parse_expert
 
 _RULES: Final = {rule.code: rule for rule in TENSOR_RULES}
 
@@ -69,7 +69,7 @@ def _mixed(subject: Subject, blocks: Mapping[str, Mapping[str, int]]) -> Iterato
 def expert_findings(subject: Subject) -> Iterator[Finding]:
     """The experts of a mixture: fused, missing, or of unequal ranks."""
     native = subject.base is not None and subject.base.model_type in EXPERTS_3D
-    fused = [f for f in subject.factors if _is_fused_expert(f)]
+    fused = [f for f in subject.factors if f.stacked is not None]
     if not native:
         detail = f"{fused[0].key!r} is for all experts of a layer" if fused else ""
         certain = subject.base is not None
@@ -98,7 +98,3 @@ def expert_findings(subject: Subject) -> Iterator[Finding]:
 
 def _experts(code: str, wheres: Sequence[str], why: str) -> Iterator[Finding]:
     return findings(_RULES[code], wheres, f"{wheres[0]!r} {why}" if wheres else "")
-
-
-def _is_fused_expert(factor: Factor) -> bool:
-    return factor.module.endswith((".experts", ".experts.base_layer"))

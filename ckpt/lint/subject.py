@@ -74,10 +74,23 @@ class Factor:
 
     @property
     def rank(self) -> int | None:
-        """Its rank: A is (rank, in), B (out, rank); of embeddings as well. None if no matrix."""
-        if len(self.form.shape) != 2:
+        """Its rank: A is (rank, in), B (out, rank); of embeddings as well.
+
+        None if it is no matrix, or one for all experts of a layer, which does not tell.
+        """
+        if len(self.form.shape) != 2 or self.stacked is not None:
             return None
         return self.form.shape[0 if self.side == "A" else 1]
+
+    @property
+    def stacked(self) -> str | None:
+        """Of a factor for all experts of a layer, the name of the adapted tensor, else None.
+
+        PEFT wraps experts twice: the tensor that it adapts first lies inside.
+        """
+        if self.module.endswith(".experts.base_layer"):
+            return f"{self.module.removesuffix('.base_layer')}.gate_up_proj"
+        return f"{self.module}.down_proj" if self.module.endswith(".experts") else None
 
 
 @dataclass(frozen=True, slots=True)

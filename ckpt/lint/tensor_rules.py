@@ -109,6 +109,11 @@ def _shapes(subject: Subject) -> Iterator[Finding]:
     if wrong and (claimed is None or is_rank(claimed)):
         want = subject.rank_for(wrong[0].module)
         yield from _each("tensor-rank", wrong, f"has rank {wrong[0].rank}, not {want}")
+    uneven = [f for f in subject.factors if _leftover(f, subject)]
+    if uneven:
+        size = uneven[0].form.shape[0 if uneven[0].side == "A" else 1]
+        why = f"has {size} ranks of all experts, no multiple of {_claimed(uneven[0], subject)}"
+        yield from _each("tensor-rank", uneven, why)
     ranks = {factor.rank: factor.key for factor in subject.factors if factor.rank is not None}
     ranks.setdefault(subject.rank, "r")
     highest = max(ranks)
@@ -119,6 +124,17 @@ def _shapes(subject: Subject) -> Iterator[Finding]:
     ):
         if limit is not None and highest > limit:
             yield from _say(code, [ranks[highest]], f"rank {highest}, limit {limit}")
+
+
+def _claimed(factor: Factor, subject: Subject) -> int:
+    return subject.rank_for(factor.stacked or factor.module)
+
+
+def _leftover(factor: Factor, subject: Subject) -> bool:
+    """Whether a factor for all experts is not made of whole ones of the claimed rank."""
+    if factor.stacked is None or len(factor.form.shape) != 2:
+        return False
+    return factor.form.shape[0 if factor.side == "A" else 1] % _claimed(factor, subject) != 0
 
 
 def _places(subject: Subject) -> Iterator[Finding]:

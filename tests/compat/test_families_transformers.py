@@ -30,8 +30,14 @@ from support.parity import (
 )
 from support.spawn import run_ranks
 
-from archon_lora import LoRAConfig, apply_lora, get_adapter_state_dict, peft_export
-from archon_lora.engine import save_lora_adapter
+from archon_lora import (
+    LoRAConfig,
+    apply_lora,
+    get_adapter_state_dict,
+    iter_merged_weights,
+    peft_export,
+)
+from archon_lora.engine import load_lora_adapter, save_lora_adapter
 from archon_lora.models import get_model_spec, load_pretrained
 from archon_lora.peft import load_adapter_tensors
 from ckpt.lint import BaseModel, lint_adapter
@@ -157,6 +163,36 @@ def test_a_router_is_adapted_if_asked_and_read_by_peft(tokens, tmp_path):
     theirs = PeftModel.from_pretrained(load_theirs(directory), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert_close(ours, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("form", ["single", "stacked"])
+def test_experts_in_either_form_are_read_and_merged_by_peft_and_read_back(form, tokens, tmp_path):
+    directory = write_family(tmp_path / "model", "qwen3-moe")
+    lora = LoRAConfig(rank=4, alpha=6)
+    with make_engine(str(directory), lora=lora) as engine:
+        moved(engine)
+        save_lora_adapter(engine, tmp_path / "adapter", experts=form)
+        with torch.no_grad():
+            ours = engine.model.eval()(tokens)
+        merged = fused_experts(
+            engine.state_dict_adapter.to_hf(dict(iter_merged_weights(engine.model)))
+        )
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert any(".experts.base_layer." in key for key in keys) == (form == "stacked")
+    theirs = PeftModel.from_pretrained(load_theirs(directory), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert_close(ours, theirs(tokens).logits)
+    whole = dict(theirs.merge_and_unload().named_parameters())
+    assert sum(".experts." in name for name in merged) == 4
+    for name, value in merged.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+    with make_engine(str(directory), lora=lora) as engine:
+        load_lora_adapter(engine, tmp_path / "adapter")
+        with torch.no_grad():
+            assert_close(engine.model.eval()(tokens), ours)
+    base = BaseModel.from_config(json.loads((directory / "config.json").read_text()))
+    engines = {finding.engine for finding in lint_adapter(tmp_path / "adapter", base=base)}
+    assert engines == (set() if form == "single" else {"vllm", "sglang"})
 
 
 @pytest.mark.dist

@@ -196,7 +196,7 @@ def _write_export(go: Go, entry: StepEntry, name: str, dtype: str) -> Exported:
     place = tmp_export_dir(go.job.id, go.number) if storage.has_rename else target
     chunks = _counted(stream_adapter(plan, source), go.progress)
     weights = WeightsFile(plan.size, chunks)
-    written = write_adapter_files(storage, place, weights, manifest.export.peft_config)
+    written = write_adapter_files(storage, place, weights, plan.peft_config)
     hit("job.unit")
     made = Exported(name, entry.step, entry.epoch, dtype, utc_now(), written.sha256, written.files)
     storage.put(f"{place}/{MANIFEST}", made.to_bytes())
