@@ -229,7 +229,7 @@ def test_an_edited_manifest_is_refused() -> None:
         (b'{"format":"ckpt.step"}', "schema version must be a positive integer"),
         (b'{"format":"ckpt.step","schema":true}', "schema version must be a positive integer"),
         (b'{"format":"ckpt.step","schema":0}', "schema version must be a positive integer"),
-        (b'{"format":"ckpt.step","schema":4}', "schema 4 is newer than 3.*upgrade the package"),
+        (b'{"format":"ckpt.step","schema":5}', "schema 5 is newer than 4.*upgrade the package"),
         (b'{"format":"ckpt.step","schema":1}', "self-hash does not match"),
         (b'{"format":"ckpt.step","schema":1,"x":NaN}', "NaN is not JSON"),
         (b'{"format":"ckpt.step","schema":1,"x":1e999}', "not a ckpt.step document"),
