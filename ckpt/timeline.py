@@ -28,6 +28,8 @@ MAX_NAMES: Final = 200
 """Deleted steps and versions that one record names; it counts the others."""
 MAX_PROBLEM: Final = 500
 MAX_EXTRA: Final = 24
+MAX_NUMBER: Final = 1e15
+"""No time or size of a save is above this (30 000 years, a petabyte)."""
 _EXTRA_NAME: Final = 64
 
 NUMBERS: Final = (
@@ -324,8 +326,9 @@ def _numbers(fields: Fields, name: str, known: tuple[str, ...] | None) -> dict[s
     numbers = fields.numbers(name, _EXTRA_NAME)
     if known is not None:
         for key, value in numbers.items():
-            if key not in known or value < 0:
-                fields.refuse(f"{name}.{key}", "must be a known number, not negative", value)
+            if key not in known or not 0 <= value <= MAX_NUMBER:
+                rule = f"must be a known number from 0 to {MAX_NUMBER:g}"
+                fields.refuse(f"{name}.{key}", rule, value)
     elif len(numbers) > MAX_EXTRA:
         fields.refuse(name, f"must have at most {MAX_EXTRA} entries", len(numbers))
     return numbers

@@ -115,6 +115,7 @@ def fill(path: Path, *, saves: int = 60, layers: int = 4, versions: int = 3) -> 
             step,
             tensors if step == kept[-1] else {"model.a": torch.ones(8, 4)},
             world=4 if step == kept[-1] else 1,
+            dim={name: 1 for name in tensors if ".lora_b." in name},
             export=export if step == kept[-1] else None,
             base=BASE if step == kept[-1] else None,
             policy_version=step,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ckpt.layout import parse_shard_name
 from ckpt.wire import ChunkRow, FileRow, TensorRow
@@ -103,6 +103,22 @@ def _piece(shape: Sequence[int], chunk: ChunkRow) -> Piece:
         file=chunk.file,
         bytes=chunk.end - chunk.start,
     )
+
+
+def meshes(mesh: Mapping[str, Any] | None) -> list[str]:
+    """The device meshes of a step in words, as far as they can be understood."""
+    found = (mesh or {}).get("meshes")
+    words = []
+    for one in found[:4] if isinstance(found, list) else ():
+        shape = one.get("shape") if isinstance(one, dict) else None
+        if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape[:8]):
+            continue
+        names = one.get("dim_names")
+        text = " by ".join(str(size) for size in shape[:8])
+        words.append(
+            f"{text} ({', '.join(map(str, names[:8]))})" if isinstance(names, list) else text
+        )
+    return words
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:

@@ -10,8 +10,10 @@ _UNITS: Final = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
 def digits(value: float) -> str:
-    """A number with three digits that count, and no exponent."""
+    """A number with three digits that count, and no exponent unless it is huge."""
     size = abs(value)
+    if size >= 1e7:
+        return f"{value:.3g}"
     if size >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"

@@ -280,14 +280,19 @@ def _entries(
             if last is None or last.outcome != "done":
                 records[record.step, epoch] = record
     under_way = {(step, epoch): since for epoch, step, since in flying}
+    committed = [row.step for row in rows.values() if row.state == "committed"]
+    head = max((epoch for _step, epoch in here), default=0)
     for step, epoch in keys:
         key, name = (step, epoch), step_name(step, epoch)
         row, record_of = rows.get(key), records.get(key)
         if row is not None:
             state: State = row.state
             at = row.created or (None if record_of is None else record_of.at)
-            if row.state == "incomplete" and key in under_way:
-                state, at = "flying", under_way[key] or None
+            # On an object store a step that is being written has a directory already; its trainer
+            # may not have told of it yet.
+            coming = epoch == head and record_of is None and step > max(committed, default=-1)
+            if row.state == "incomplete" and (key in under_way or coming):
+                state, at = "flying", under_way.get(key) or None
             yield Entry(step, epoch, state, at, row, record_of)
         elif key in under_way:
             yield Entry(step, epoch, "flying", under_way[key] or None)

@@ -213,6 +213,7 @@ async def show_step(
         "root": root,
         "tab": "timeline",
         "detail": detail,
+        "meshes": tensors.meshes(detail.mesh),
         "name": step,
         "shards": tensors.shard_views(detail.files, detail.tensors),
         "rows": [tensors.tensor_view(row) for row in rows[begin : begin + tensors.PAGE]],

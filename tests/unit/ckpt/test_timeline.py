@@ -308,6 +308,7 @@ def test_a_segment_that_breaks_a_bound_is_refused(member, value):
     "changes",
     [
         {"numbers": {"stall_ms": -1.0}},
+        {"numbers": {"stall_ms": 1e300}},
         {"numbers": {"other": 1.0}},
         {"slowest": {"stall_ms": True}},
         {"outcome": "lost"},

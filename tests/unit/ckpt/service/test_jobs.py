@@ -18,6 +18,7 @@ from ckpt.holds import pin
 from ckpt.job_names import job_dir
 from ckpt.service.jobs.records import JobBook
 from ckpt.storage import Storage, open_storage
+from ckpt.timeline_store import read_timeline
 
 
 def fill(path: Path, steps: int = 4) -> Storage:
@@ -112,6 +113,8 @@ def test_a_prune_needs_the_plan_of_a_dry_run(client: httpx.Client, lab: Path) ->
     assert not (lab / "adapters" / "run7-v00000001").exists()
     again = ended(client, start(client, **rules, confirm=shown["plan"]))
     assert again["state"] == "failed"  # the root is another one by now
+    (told,) = read_timeline(open_storage(lab))  # and the timeline shows what was deleted
+    assert (told.source, set(told.removals[0].names)) == ("ckpt serve", set(falls))
 
 
 @pytest.mark.parametrize(

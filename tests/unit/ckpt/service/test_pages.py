@@ -9,14 +9,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from support.ranks_busy import small_state
 from support.serving import READ, as_, serving, tokens
 from support.shown_root import HOSTILE, RUN, fill
+from support.steps import write_step, write_writer
 
+from ckpt import CheckpointManager
 from ckpt.layout import METRICS, STEPS, segment_path, step_name, writer_path
 from ckpt.service import Limits
 from ckpt.service.auth import COOKIE
 from ckpt.service.limits import Busy
+from ckpt.service.listings import Listings
 from ckpt.service.pages.heats import QUEUE, Heats
+from ckpt.service.pages.timeline import TimelineReader
 from ckpt.storage import open_storage
 
 SAVES = 40
@@ -106,9 +112,6 @@ def test_the_timeline_shows_every_state(client: httpx.Client) -> None:
 
 
 def test_pages_of_the_timeline_follow_each_other(filled: Path) -> None:
-    from ckpt.service.listings import Listings
-    from ckpt.service.pages.timeline import TimelineReader
-
     storage = open_storage(filled)
     reader = TimelineReader(storage, Listings(storage, dict))
     seen, before = [], None
@@ -129,6 +132,7 @@ def test_a_step_down_to_shards_and_placements(client: httpx.Client) -> None:
     assert "model.model.layers.0.mlp.down_proj.lora_a.weight" in text
     assert "4 pieces along dimension 0" in text
     assert "[3:4, 0:64]" in text
+    assert "4 pieces along dimension 1" in text
     assert "rank 4, alpha 4" in text
     found = checked(client.get(f"/runs/run7/steps/{name}", params={"find": "Q_PROJ.lora_b"}))
     assert "8 of 112" in words(found)
@@ -234,12 +238,7 @@ def test_steps_that_a_dead_trainer_left_in_flight_are_told_apart(tmp_path: Path)
     (root / STEPS / ".tmp-00000005-beef0000").mkdir()
     with serving(root) as client:
         assert "in flight 2" in words(checked(client.get("/runs/run7")))
-    from support.steps import write_writer
-
     write_writer(storage, 2, (3, 1))
-    import torch
-    from support.steps import write_step
-
     write_step(storage, 4, {"model.a": torch.ones(2)}, epoch=2)
     (root / STEPS / ".tmp-00000005-beef0000").rmdir()
     with serving(root) as client:  # a newer writer has begun
@@ -334,3 +333,26 @@ def test_heat_maps_are_bounded_and_kept() -> None:
     assert heats.ask(("a",), make) == "table"
     assert len(calls) <= QUEUE
     heats.close()
+
+
+@pytest.mark.s3
+def test_pages_of_a_root_on_an_object_store(s3, tmp_path: Path) -> None:
+    url = s3.url("run7")
+    state = small_state()
+    with CheckpointManager(url, storage_options=s3.storage_options) as manager:
+        for step in (0, 1):
+            manager.save(step, state).wait(60)
+    storage = open_storage(url, s3.storage_options)
+    storage.put(f"{STEPS}/{step_name(2, 1)}/beef0000/shard-00000-of-00001.safetensors", b"x")
+    with serving(f"run7={url}", options=s3.storage_options) as client:
+        text = words(checked(client.get("/runs/run7")))
+        assert "committed 2" in text
+        assert "in flight 1" in text
+        assert "Stall of the training step" in text
+        checked(client.get(f"/runs/run7/steps/{step_name(1, 1)}"))
+    write_writer(storage, 2, (1, 1))
+    write_step(storage, 2, {"model.a": torch.ones(2)}, epoch=2)
+    with serving(f"run7={url}", options=s3.storage_options) as client:
+        text = words(checked(client.get("/runs/run7")))
+        assert "unfinished 1" in text
+        assert "in flight" not in text
