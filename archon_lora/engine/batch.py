@@ -42,24 +42,26 @@ def batch_rows(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def check_same_rows(batch: Batch, groups: Groups) -> None:
-    """Make sure that ranks which share layers were given the same rows.
+    """Make sure that ranks which share layers, or have other layers, were given the same rows.
 
     Raises:
-        ValueError: they were not; on all ranks that share layers.
+        ValueError: they were not; on all ranks that are concerned.
     """
-    if groups.mesh.tp is None:
+    shared = [mesh for mesh in (groups.mesh.tp, groups.mesh.pp) if mesh is not None]
+    if not shared:
         return
     ids = batch["input_ids"]
     places = torch.arange(1, ids.numel() + 1, device=ids.device)
     seen = torch.stack([*map(ids.new_tensor, ids.shape), (ids.flatten() * places).sum()])
     # The largest of a number and of its opposite: equal but for the sign where all agree.
     both = torch.cat((seen, -seen))
-    dist.all_reduce(both, dist.ReduceOp.MAX, group=groups.mesh.tp.get_group())
+    for mesh in shared:
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=mesh.get_group())
     most, least = both.chunk(2)
     if not torch.equal(most, -least):
         msg = (
-            "ranks of one tensor-parallel group were given different input_ids; split a batch by "
-            "engine.dp_rank and engine.dp_size, not by rank"
+            "ranks of one tensor-parallel group, or of one pipeline, were given different "
+            "input_ids; split a batch by engine.dp_rank and engine.dp_size, not by rank"
         )
         raise ValueError(msg)
 
@@ -83,7 +85,7 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
     try:
         on_device = batch_rows(batch, groups.device)
         rows = on_device["input_ids"].shape[0]
-        _check_rows(rows, micro_batches)
+        _check_rows(rows, micro_batches, even=groups.mesh.pp is not None)
         pieces = {k: torch.tensor_split(v, micro_batches) for k, v in on_device.items()}
         parts = [{k: v[i] for k, v in pieces.items()} for i in range(micro_batches)]
     except ValueError as error:
@@ -100,9 +102,15 @@ def split_batch(batch: Batch, micro_batches: int, groups: Groups) -> list[dict[s
     return parts
 
 
-def _check_rows(rows: int, micro_batches: int) -> None:
+def _check_rows(rows: int, micro_batches: int, *, even: bool) -> None:
     if rows < micro_batches:
         msg = f"{rows} rows cannot make {micro_batches} micro batches; lower micro_batches"
+        raise ValueError(msg)
+    if even and rows % micro_batches:
+        msg = (
+            f"{rows} rows do not make {micro_batches} micro batches of one size, which stages of "
+            "a pipeline pass on; choose micro_batches that divides the rows"
+        )
         raise ValueError(msg)
 
 
@@ -126,7 +134,14 @@ def total_weight(weights: list[float], groups: Groups) -> float:
 
 
 def reduce_losses(losses: list[Tensor], groups: Groups) -> float:
-    """Sum of weighted losses (0-d, float64) over micro batches and ranks."""
-    total = torch.stack(losses).sum().reshape(1)
+    """Sum of weighted losses (0-d, float64) over micro batches and ranks.
+
+    Ranks of a pipeline without its last stage have none.
+    """
+    total = torch.zeros(1, dtype=torch.float64, device=groups.device)
+    for loss in losses:
+        total += loss
     dist.all_reduce(total, group=groups.dp_group)
+    if groups.mesh.pp is not None:
+        dist.all_reduce(total, group=groups.mesh.pp.get_group())
     return float(total)

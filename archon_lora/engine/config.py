@@ -18,6 +18,7 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonFinite = Literal["raise", "skip"]
 Reference = Literal["base", "warm-start"]
+PipelineSchedule = Literal["1f1b", "gpipe", "interleaved"]
 
 
 def _require(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -142,6 +143,9 @@ class EngineConfig:
             an adapter is to stay near that policy, not near the bare base). The second takes
             the memory of one more adapter without optimizer state, and lies in every checkpoint.
         parallel: how the ranks are laid out; by default all of them share one copy (FSDP2).
+        pp_schedule: the order in which micro batches pass the stages of a pipeline
+            (``parallel.pp``): torch's 1F1B or GPipe, or interleaved 1F1B for several stages a rank.
+        pp_stages: stages on each rank of a pipeline.
         optimizer: ``None`` for an engine that only runs forward (a reference or a scorer).
         activation_checkpointing: recompute each block in the backward pass.
         compile: compile each block.
@@ -160,6 +164,8 @@ class EngineConfig:
     lora: LoRAConfig | None = None
     reference: Reference = "base"
     parallel: ParallelDims = field(default_factory=ParallelDims)
+    pp_schedule: PipelineSchedule = "1f1b"
+    pp_stages: int = 1
     optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
     activation_checkpointing: bool = False
     compile: bool = False
@@ -180,7 +186,12 @@ class EngineConfig:
         """
         object.__setattr__(self, "path", str(self.path))
         _require(bool(self.path), "path", "a model directory", self.path)
-        for name, kind in (("dtype", Dtype), ("device", Device), ("reference", Reference)):
+        for name, kind in (
+            ("dtype", Dtype),
+            ("device", Device),
+            ("reference", Reference),
+            ("pp_schedule", PipelineSchedule),
+        ):
             value: Any = getattr(self, name)
             _require(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
         _require(
@@ -196,6 +207,8 @@ class EngineConfig:
         _require(
             _is_count(self.micro_batches, 1), "micro_batches", "an integer >= 1", self.micro_batches
         )
+        _require(_is_count(self.pp_stages, 1), "pp_stages", "an integer >= 1", self.pp_stages)
+        self._check_pipeline()
         _require(_is_count(self.seed, 0), "seed", "an integer >= 0", self.seed)
         for name in ("barrier_timeout", "transfer_timeout", "temperature"):
             value = getattr(self, name)
@@ -218,3 +231,33 @@ class EngineConfig:
             "'base' without lora: only an adapter can be started from one",
             self.reference,
         )
+
+    def _check_pipeline(self) -> None:
+        """Refuse what a schedule cannot do.
+
+        Raises:
+            ParallelConfigError: says which number to change.
+        """
+        pp, parts, schedule = self.parallel.pp, self.micro_batches, self.pp_schedule
+        if pp == 1 and self.pp_stages == 1:
+            return
+        msg = None
+        if pp == 1 or (self.pp_stages > 1) != (schedule == "interleaved"):
+            msg = (
+                f"pp_schedule={schedule!r} with pp_stages={self.pp_stages} and parallel.pp={pp}: "
+                "'interleaved' is for several stages on each rank of a pipeline, the others for one"
+            )
+        elif self.parallel.sequence_parallel:
+            msg = "sequence_parallel does not go with parallel.pp: stages pass on whole sequences"
+        elif schedule == "1f1b" and parts < pp:
+            msg = (
+                f"pp_schedule='1f1b' wants at least parallel.pp={pp} micro_batches, got {parts}; "
+                "'gpipe' takes any number"
+            )
+        elif schedule == "interleaved" and parts % max(1, parts // pp):
+            msg = (
+                f"pp_schedule='interleaved' wants micro_batches to be a multiple of "
+                f"parallel.pp={pp}, or to be below twice that, got {parts}"
+            )
+        if msg is not None:
+            raise ParallelConfigError(msg)

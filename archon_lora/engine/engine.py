@@ -6,17 +6,16 @@ inside ``if ... lora is not None``.
 
 from __future__ import annotations
 
-import logging
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
-from archon_lora.errors import EngineNotReady, NonFiniteGradient
+from archon_lora.errors import EngineNotReady
 from archon_lora.models import BaseStateDictAdapter, base_fingerprint
 from archon_lora.placement import reshard
 
@@ -26,6 +25,7 @@ from .batch import (
     LossFn,
     WeightFn,
     batch_rows,
+    check_same_rows,
     default_weight,
     reduce_losses,
     split_batch,
@@ -33,17 +33,15 @@ from .batch import (
 )
 from .build import BuiltModel, build_model, trainable_params
 from .config import EngineConfig, OptimizerConfig
-from .grad_norm import clip_grad_norm
 from .groups import Groups, close_groups, open_groups
-from .inference import as_reference, next_token_logprobs
+from .inference import as_reference, eval_logits, next_token_logprobs
 from .schedule import build_optimizer, build_scheduler
 from .types import FullWeightSink, SaveLoadMeta, WeightSink
+from .update import clipped_update
 
 if TYPE_CHECKING:
     from archon_lora.config import LoRAConfig
     from ckpt import CheckpointManager, SaveHandle, TrainState
-
-_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -125,13 +123,21 @@ class ArchonEngine:
 
     @property
     def model(self) -> nn.Module:
-        """The sharded model."""
-        return self._ready(self._built).model
+        """The sharded model; absent where it is split into pipeline stages.
+
+        Raises:
+            AttributeError: it is; see :attr:`model_parts`.
+        """
+        built = self._ready(self._built)
+        if self.groups.mesh.pp is not None:
+            msg = "with pipeline stages there is no engine.model: use engine.model_parts"
+            raise AttributeError(msg)
+        return built.parts[0]
 
     @property
     def model_parts(self) -> list[nn.Module]:
-        """The model as a list: this engine has no pipeline stages."""
-        return [self.model]
+        """The model, or this rank's pipeline stages."""
+        return list(self._ready(self._built).parts)
 
     @property
     def model_config(self) -> Any:
@@ -196,7 +202,7 @@ class ArchonEngine:
         Raises:
             NoAdapterError: LoRA is on, but the model has no adapter.
         """
-        return trainable_params(self.model, has_lora=self.lora_config is not None)
+        return trainable_params(self.model_parts, has_lora=self.lora_config is not None)
 
     def get_version(self) -> int:
         """The policy version that the weights stand for."""
@@ -257,16 +263,17 @@ class ArchonEngine:
         parts = split_batch(batch, self.config.micro_batches, groups)
         weights = [float(loss_weight_fn(part)) for part in parts]
         total = total_weight(weights, groups)
-        self.model.train()
-        losses = []
-        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(index == len(parts) - 1)
-            loss = loss_fn(self._logits(part), part)
+        for model in self.model_parts:
+            model.train()
+        losses: list[Tensor] = []
+
+        def weighted(logits_BSV: Tensor, index: int) -> Tensor:
+            loss = loss_fn(logits_BSV, parts[index])
+            losses.append(loss.detach().double() * (weights[index] / total))
             # FSDP averages over ranks, but the weights already make a mean over all of them.
-            scaled = loss * (weight / total * groups.dp_size)
-            scaled.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach().double() * (weight / total))
+            return loss * (weights[index] / total * groups.dp_size)
+
+        self._ready(self._built).passes.train(parts, weighted)
         return reduce_losses(losses, groups)
 
     def optimizer_step(self) -> float:
@@ -281,26 +288,9 @@ class ArchonEngine:
                 Parameters, moments and schedule are as before, and the gradients are cleared.
         """
         optimizer, scheduler, options = self._training()
-        norm = clip_grad_norm(
-            [param for group in optimizer.param_groups for param in group["params"]],
-            options.grad_clip,
-            norm_type=options.norm_type,
-            group=self.groups.world,
-        )
-        if math.isfinite(norm):
-            optimizer.step()
-            scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        if math.isfinite(norm):
-            return norm
-        if options.on_nonfinite == "raise":
-            msg = (
-                f"the gradient norm is {norm}; nothing was updated. Set "
-                "optimizer.on_nonfinite='skip' to drop such updates and go on"
-            )
-            raise NonFiniteGradient(msg)
-        self.skipped_updates += 1
-        _log.warning("update skipped: the gradient norm is %s", norm)
+        norm = clipped_update(optimizer, scheduler, options, group=self.groups.world)
+        if not math.isfinite(norm):
+            self.skipped_updates += 1
         return norm
 
     def _training(self) -> tuple[torch.optim.Optimizer, LambdaLR, OptimizerConfig]:
@@ -322,18 +312,12 @@ class ArchonEngine:
             LoRANotEnabled: ``reference`` without LoRA.
             EngineNotReady: the reference is to be a warm start's adapter, and there was none.
         """
-        model = self.model
-        training = model.training
-        model.eval()
-        try:
-            if not reference:
-                return self._logits(batch_rows(batch, self.device))
-            with as_reference(self):
-                return self._logits(batch_rows(batch, self.device))
-        finally:
-            model.train(training)
-            reshard(model)
+        built, rows = self._ready(self._built), batch_rows(batch, self.device)
+        logits_BSV = self._logits(rows, reference=reference)
+        shape = (*rows["input_ids"].shape, built.vocab_size)
+        return built.passes.share(logits_BSV, shape, built.dtype)
 
+    @torch.no_grad()
     def logprobs(self, batch: Batch, *, reference: bool = False) -> Tensor:
         """Log-probability of each next token, fp32 ``[B, S - 1]``, at ``config.temperature``.
 
@@ -341,13 +325,19 @@ class ArchonEngine:
             batch: as in :meth:`forward`.
             reference: as in :meth:`forward`.
         """
-        logits_BSV = self.forward(batch, reference=reference)
-        return next_token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature)
+        rows = batch_rows(batch, self.device)
+        logits_BSV, ids = self._logits(rows, reference=reference), rows["input_ids"]
+        found = None
+        if logits_BSV is not None:
+            found = next_token_logprobs(logits_BSV, ids, self.config.temperature)
+        shape = (ids.shape[0], ids.shape[1] - 1)
+        return self._ready(self._built).passes.share(found, shape, torch.float32)
 
-    def _logits(self, batch: Batch) -> Tensor:
-        options = {k: batch[k] for k in ("attention_mask", "positions") if k in batch}
-        logits: Tensor = self.model(batch["input_ids"], **options)
-        return logits
+    def _logits(self, rows: Batch, *, reference: bool) -> Tensor | None:
+        """Logits in eval mode; None where another stage of a pipeline has them."""
+        check_same_rows(rows, self.groups)
+        with as_reference(self) if reference else nullcontext():
+            return eval_logits(self._ready(self._built), rows)
 
     def train_state(self, *, extra: dict[str, Any] | None = None, **parts: Any) -> TrainState:
         """Everything that a resume needs, for :class:`ckpt.CheckpointManager`.
@@ -364,9 +354,10 @@ class ArchonEngine:
             for name, value in self.extra.items():
                 extra.setdefault(name, value)
             self.extra = extra
-        reshard(self.model)
+        self._reshard()
         return TrainState(
-            model=self.model,
+            # A list says that other ranks hold other parts.
+            model=self.model if self.groups.mesh.pp is None else self.model_parts,
             optimizer=parts.pop("optimizer", self.optimizer),
             scheduler=parts.pop("scheduler", self.lr_scheduler),
             extra=self.extra,
@@ -374,18 +365,22 @@ class ArchonEngine:
             **parts,
         )
 
+    def _reshard(self) -> None:
+        for model in self.model_parts:
+            reshard(model)
+
     def save(self, meta: SaveLoadMeta) -> None:
         """Save as ``meta`` says; see :func:`archon_lora.engine.checkpoint.save`."""
         from .checkpoint import save
 
-        reshard(self.model)
+        self._reshard()
         save(self, meta)
 
     def load(self, meta: SaveLoadMeta) -> None:
         """Load as ``meta`` says; see :func:`archon_lora.engine.checkpoint.load`."""
         from .checkpoint import load
 
-        reshard(self.model)
+        self._reshard()
         load(self, meta)
 
     def update_weights(self, version: int, *, normalise: bool = True) -> SaveHandle | None:
@@ -395,5 +390,5 @@ class ArchonEngine:
         """
         from .weights import update_weights
 
-        reshard(self.model)
+        self._reshard()
         return update_weights(self, version, normalise=normalise)

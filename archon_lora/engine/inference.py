@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from archon_lora.errors import LoRANotEnabled
+from archon_lora.placement import reshard
+
+from .batch import Batch
 
 if TYPE_CHECKING:
+    from .build import BuiltModel
     from .engine import ArchonEngine
 
 
@@ -30,6 +34,19 @@ def as_reference(engine: ArchonEngine) -> AbstractContextManager[None]:
     from .reference import reference_mode
 
     return reference_mode(engine)
+
+
+def eval_logits(built: BuiltModel, rows: Batch) -> Tensor | None:
+    """Logits ``[B, S, V]`` in eval mode; None where another stage of a pipeline has them."""
+    training = [model.training for model in built.parts]
+    try:
+        for model in built.parts:
+            model.eval()
+        return built.passes.logits(rows)
+    finally:
+        for model, was in zip(built.parts, training, strict=True):
+            model.train(was)
+            reshard(model)
 
 
 def next_token_logprobs(logits_BSV: Tensor, ids_BS: Tensor, temperature: float) -> Tensor:

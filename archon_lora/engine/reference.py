@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -13,6 +14,7 @@ from archon_lora.config import LoRAConfig
 from archon_lora.errors import EngineNotReady
 from archon_lora.mode import adapter_mode
 from archon_lora.names import DEFAULT_ADAPTER, REFERENCE_ADAPTER
+from archon_lora.protocol import adapter_modules
 
 if TYPE_CHECKING:
     from .engine import ArchonEngine
@@ -43,7 +45,8 @@ def keep_reference(engine: ArchonEngine) -> None:
             "(EngineConfig(reference='warm-start'))"
         )
         raise EngineNotReady(msg)
-    copy_adapter(engine.model, DEFAULT_ADAPTER, REFERENCE_ADAPTER)
+    for part in _adapted(engine):
+        copy_adapter(part, DEFAULT_ADAPTER, REFERENCE_ADAPTER)
     engine.extra[KEPT] = True
 
 
@@ -54,11 +57,24 @@ def reference_mode(engine: ArchonEngine) -> AbstractContextManager[None]:
         EngineNotReady: the reference is to be a warm start's adapter, and there was none.
     """
     if engine.config.reference == "base":
-        return adapter_mode(engine.model, "base")
+        return _each(engine, "base")
     if not engine.extra.get(KEPT, False):
         msg = (
             "reference='warm-start', but no adapter was kept: call warm_start(engine, url), or "
             "keep_reference(engine) once the adapter has the values to stay near to"
         )
         raise EngineNotReady(msg)
-    return adapter_mode(engine.model, REFERENCE_ADAPTER)
+    return _each(engine, REFERENCE_ADAPTER)
+
+
+def _adapted(engine: ArchonEngine) -> list[nn.Module]:
+    """The model, or the pipeline stages here that hold adapters at all."""
+    return [part for part in engine.model_parts if any(True for _ in adapter_modules(part))]
+
+
+@contextmanager
+def _each(engine: ArchonEngine, mode: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for part in _adapted(engine):
+            stack.enter_context(adapter_mode(part, mode))
+        yield

@@ -36,9 +36,9 @@ def lr_factor(config: OptimizerConfig, update: int) -> float:
 
 
 def build_optimizer(params: list[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW over the parameters, in one group."""
+    """AdamW over the parameters, in one group; a pipeline stage may have none."""
     return AdamW(
-        params,
+        [{"params": params}],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
