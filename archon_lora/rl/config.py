@@ -70,6 +70,13 @@ class TrainConfig:
                 "warm_start.url is empty; set it, or set grpo.reference='base'"
             )
             raise TrainConfigError(msg)
+        if self.parallel.pp > 1:
+            msg = (
+                f"parallel.pp={self.parallel.pp}: rollouts and probes of this job are computed by "
+                "a model that has all of its layers; use dp_shard and tp, and pp with the engine "
+                "alone (EngineConfig)"
+            )
+            raise TrainConfigError(msg)
         source, urls = self.rollout.source, self.engine.urls
         if (source == "local") == bool(urls):
             msg = (

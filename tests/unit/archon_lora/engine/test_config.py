@@ -89,3 +89,34 @@ def test_dropout_does_not_go_with_tensor_parallelism() -> None:
     EngineConfig(path="model", lora=lora, parallel=ParallelDims(dp_replicate=2))
     with pytest.raises(ParallelConfigError, match=r"lora.dropout=0.1 does not go with parallel.tp"):
         EngineConfig(path="model", lora=lora, parallel=ParallelDims(tp=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pp_stages": 2}, "pp_stages=2 and parallel.pp=1: 'interleaved' is for several stages"),
+        ({"pp": 2, "pp_stages": 2, "micro_batches": 2}, "pp_schedule='1f1b' with pp_stages=2"),
+        ({"pp": 2, "pp_schedule": "interleaved"}, "with pp_stages=1 and parallel.pp=2"),
+        ({"pp": 2}, "wants at least parallel.pp=2 micro_batches, got 1; 'gpipe' takes any number"),
+        (
+            {"pp": 2, "pp_stages": 2, "pp_schedule": "interleaved", "micro_batches": 5},
+            "a multiple of parallel.pp=2, or to be below twice that, got 5",
+        ),
+        ({"pp": 2, "tp": 2, "sequence_parallel": True, "micro_batches": 2}, "whole sequences"),
+    ],
+)
+def test_schedules_that_cannot_be(values: dict, message: str) -> None:
+    dims = {k: values.pop(k) for k in ("pp", "tp", "sequence_parallel") if k in values}
+    with pytest.raises(ParallelConfigError, match=message):
+        EngineConfig(path="model", parallel=ParallelDims(**dims), **values)
+
+
+def test_schedules_that_can_be() -> None:
+    for values in (
+        {"pp_schedule": "gpipe"},
+        {"micro_batches": 2},
+        {"pp_schedule": "interleaved", "pp_stages": 2, "micro_batches": 3},
+        {"pp_schedule": "interleaved", "pp_stages": 2, "micro_batches": 4},
+    ):
+        EngineConfig(path="model", parallel=ParallelDims(pp=2), **values)
+    EngineConfig(path="model", pp_schedule="gpipe")

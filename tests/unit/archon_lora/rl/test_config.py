@@ -141,6 +141,8 @@ def test_every_section_has_a_default_or_a_required_key():
 def test_a_layout_that_cannot_be_names_its_key():
     with pytest.raises(TrainConfigError, match=r"parallel.tp must be an integer >= 1, got 0"):
         parse_config(with_key("parallel", "tp", 0))
+    with pytest.raises(TrainConfigError, match=r"parallel.pp=2: rollouts and probes of this job"):
+        parse_config(with_key("parallel", "pp", 2))
     with pytest.raises(TrainConfigError, match=r"unknown key parallel.dp; "):
         parse_config(with_key("parallel", "dp", 2))
 
