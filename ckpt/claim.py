@@ -56,14 +56,25 @@ class Claim:
         return (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds()
 
 
-def claim_number(storage: Storage, run: str, epoch: int, attempt: str) -> int:
+def claim_number(
+    storage: Storage, run: str, epoch: int, attempt: str, *, after: int | None = None
+) -> int:
     """Take the run's next number; who loses a race for one tries the one above it.
+
+    Args:
+        storage: the run's root.
+        run: its name.
+        epoch: the writer's epoch.
+        attempt: id of the try.
+        after: the number that the caller took last, which saves the first look: whatever became
+            of the numbers above it meanwhile, the look after the claim shows it.
 
     Raises:
         PublishError: the run has no numbers left.
         StorageError: the store failed, or left open time and again whether a claim was made.
     """
-    number = 1 + max(_numbers(storage.list(ADAPTERS), run), default=0)
+    known = after is not None
+    number = 1 + (after if after is not None else _highest(storage, run))
     unclear = 0
     while number <= MAX_VERSION:
         body = {
@@ -79,7 +90,9 @@ def claim_number(storage: Storage, run: str, epoch: int, attempt: str) -> int:
         try:
             storage.put_new(claim_path(run, number), seal(CLAIM_FORMAT, CLAIM_SCHEMA, body))
         except AlreadyExists:
-            pass  # somebody was faster
+            # Somebody was faster, by one number or, since the caller's last look, by many.
+            if known:
+                known, number = False, _highest(storage, run)
         except CommitUnknown as error:
             # It may have left a claim of ours behind: that number is lost, not shared.
             unclear += 1
@@ -89,7 +102,7 @@ def claim_number(storage: Storage, run: str, epoch: int, attempt: str) -> int:
         else:
             # If this process slept since it looked, the number may have been published and deleted
             # with its claim meanwhile. Then a higher one is taken.
-            highest = max(_numbers(storage.list(ADAPTERS), run), default=number)
+            highest = max(number, _highest(storage, run))
             if highest <= number:
                 return number
             storage.delete(claim_path(run, number))
@@ -124,6 +137,10 @@ def read_claim(storage: Storage, run: str, number: int) -> Claim | None:
     if claim.name != version_name(run, number):
         fields.refuse("name", f"must be {version_name(run, number)}", claim.name)
     return claim
+
+
+def _highest(storage: Storage, run: str) -> int:
+    return max(_numbers(storage.list(ADAPTERS), run), default=0)
 
 
 def _numbers(entries: Iterable[Entry], run: str) -> set[int]:

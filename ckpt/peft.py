@@ -13,7 +13,7 @@ import contextlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -36,8 +36,9 @@ from .errors import (
 from .layout import MANIFEST, TMP_PREFIX, new_attempt
 from .peft_config import config_bytes, plain_key
 from .storage import open_storage
-from .storage.base import Buffer, Storage
+from .storage.base import ONE_PUT_BYTES, Buffer, Storage
 from .storage.exchange import exchange_dirs
+from .storage.paths import as_views, collect
 from .tally import Tally
 from .types import FileRecord
 
@@ -217,19 +218,46 @@ def weights_file(tensors: Mapping[str, torch.Tensor]) -> WeightsFile:
 
 
 def write_adapter_files(
-    storage: Storage, directory: str, weights: WeightsFile, config: Mapping[str, Any]
+    storage: Storage,
+    directory: str | Callable[[], str],
+    weights: WeightsFile,
+    config: Mapping[str, Any],
+    *,
+    then: Callable[[], object] = lambda: None,
 ) -> WrittenAdapter:
     """Write the two files into a directory of a store: first the weights, then the config.
 
+    Args:
+        storage: the store.
+        directory: where, or what says so. That is asked late: where the bytes are collected before
+            they are sent, a place that is still being taken costs nothing.
+        weights: the weights' file.
+        config: content of the other one.
+        then: called when the weights are there.
+
     Raises:
-        StorageError: the store failed; whatever the stream of weights raises passes through.
+        StorageError: the store failed; whatever the stream, ``directory`` or ``then`` raises passes
+            through.
     """
     encoded = config_bytes(config)
+
+    def at(name: str) -> str:
+        return f"{directory if isinstance(directory, str) else directory()}/{name}"
+
     # Ended at once also when the store fails: nobody may read the chunks after this returns, for
     # their memory is the source's.
     with Tally() as tally:
-        storage.put_stream(f"{directory}/{WEIGHTS_NAME}", tally.over(weights.chunks), weights.size)
-        storage.put(f"{directory}/{CONFIG_NAME}", encoded)
+        chunks = tally.over(weights.chunks)
+        if storage.has_rename or weights.size > ONE_PUT_BYTES:
+            storage.put_stream(at(WEIGHTS_NAME), chunks, weights.size)
+        else:
+            body = collect(view for chunk in chunks for view in as_views(chunk))
+            if len(body) != weights.size:
+                msg = f"the stream of {WEIGHTS_NAME} gave {len(body)} of {weights.size} bytes"
+                raise StorageError(msg)
+            storage.put(at(WEIGHTS_NAME), body)
+        then()
+        storage.put(at(CONFIG_NAME), encoded)
         record, sha256 = tally.result(WEIGHTS_NAME)
     return WrittenAdapter((file_record(CONFIG_NAME, [encoded]), record), sha256)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .about import package_version
@@ -66,6 +67,7 @@ def publish_version(
     probe: Mapping[str, Any] | None = None,
     authority: Storage | None = None,
     plans: AdapterPlans | None = None,
+    after: int | None = None,
 ) -> VersionManifest:
     """Publish an adapter under the run's next number.
 
@@ -84,6 +86,7 @@ def publish_version(
         authority: where numbers are claimed and writers are known, if that is not ``storage``: the
             root, when ``storage`` is a tier from which the version is mirrored to it.
         plans: remembers the plan from one publish to the next.
+        after: the number that this publisher took last, if it has taken one.
 
     Raises:
         ConfigError: the run's name is no safe name.
@@ -91,19 +94,29 @@ def publish_version(
             unless the cause is :class:`CommitUnknown`: :func:`read_version` settles that.
     """
     check_run_name(run)
-    claimed: str | None = None
     authority = authority or storage
+    # What is asked of the store while the files are on their way: each request takes its time.
+    beside = ThreadPoolExecutor(1, thread_name_prefix="ckpt-publish")
+    claiming: Future[int] | None = None
     try:
         plan = (plans or AdapterPlans()).plan(export, source.records, dtype)
         check_publishable(plan.header, plan.peft_config)
-        number = claim_number(authority, run, epoch, attempt)
-        claimed = version_name(run, number)
-        weights = WeightsFile(plan.size, stream_adapter(plan, source))
-        directory = _work_dir(storage, run, number, attempt)
-        written = write_adapter_files(storage, directory, weights, plan.peft_config)
+        claiming = beside.submit(claim_number, authority, run, epoch, attempt, after=after)
+        current: list[Future[None]] = []
+        written = write_adapter_files(
+            storage,
+            lambda: _work_dir(storage, run, claiming.result(), attempt),
+            WeightsFile(plan.size, stream_adapter(plan, source)),
+            plan.peft_config,
+            # A writer that another has followed is told so before the version exists.
+            then=lambda: current.append(beside.submit(_refuse_superseded, authority, epoch)),
+        )
+        for check in current:
+            check.result()
+        number = claiming.result()
         manifest = VersionManifest(
             number=number,
-            name=claimed,
+            name=version_name(run, number),
             step=step,
             policy_version=policy_version,
             epoch=epoch,
@@ -116,16 +129,26 @@ def publish_version(
             files=written.files,
             probe=probe,
         )
-        _refuse_superseded(authority, epoch)
+        directory = _work_dir(storage, run, number, attempt)
         _commit(storage, directory, version_dir(run, number), manifest.to_bytes())
         return manifest
     except Exception as error:
+        claimed = _claimed(run, claiming)
         # Nothing may be removed while the manifest's fate is open: the version may be live.
         if claimed is not None and not isinstance(error, CommitUnknown):
             _remove_remains(storage, claimed, attempt)
         what = f"version {claimed}" if claimed else f"the next version of {run!r}"
         cause = str(error) or type(error).__name__
         raise PublishError(f"{what} was not published in {storage.url}: {cause}") from error
+    finally:
+        beside.shutdown()
+
+
+def _claimed(run: str, claiming: Future[int] | None) -> str | None:
+    """The name whose number was taken, also by a claim that is still under way."""
+    if claiming is None or claiming.exception() is not None:
+        return None
+    return version_name(run, claiming.result())
 
 
 def check_probe(probe: Mapping[str, Any] | None, *, publish: bool) -> dict[str, Any] | None:

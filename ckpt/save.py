@@ -85,6 +85,7 @@ class SavePipeline:
         self._done_topics: list[str] = []
         self._tensors = TensorTable()
         self._plans = AdapterPlans()
+        self._last_number: int | None = None
 
     def run(self, job: Job) -> None:
         """Take a job from its copied slot to its commit, and publish it.
@@ -317,7 +318,9 @@ class SavePipeline:
                 probe=job.probe,
                 authority=authority,
                 plans=self._plans,
+                after=self._last_number,
             )
+            self._last_number = version.number
         except Exception as error:
             self._board.abort(topic, error)
             raise

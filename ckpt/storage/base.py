@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from .traffic import Traffic
+
+ONE_PUT_BYTES: Final = 128 * 1024 * 1024
+"""Up to here an object is written by one request, so that an adapter is."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Contiguous bytes; a memoryview must have format ``B``."""

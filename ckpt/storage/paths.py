@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 
 from ckpt.errors import StorageError
@@ -86,3 +87,11 @@ def sized_views(chunks: Iterable[Buffer], size: int, where: str) -> Iterator[mem
         amount = f"more than {size}" if total > size else f"{total} of {size}"
         msg = f"{where}: the stream gave {amount} bytes; nothing was written"
         raise StorageError(msg)
+
+
+def collect(views: Iterable[memoryview]) -> bytes:
+    """The bytes of a stream, each view copied before the next one is asked for."""
+    body = io.BytesIO()
+    for view in views:
+        body.write(view)
+    return body.getvalue()  # without another copy

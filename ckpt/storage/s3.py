@@ -27,13 +27,13 @@ from ckpt.errors import (
 
 from .base import Buffer, Entry
 from .faultpoints import hit
-from .paths import SourceFailed, as_views, checked_path, sized_views
+from .paths import SourceFailed, as_views, checked_path, collect, sized_views
 from .redact import Redactor, public_url
 from .retry import Fate, RetryPolicy, fate_of, response_of
 from .s3_create import create, create_large, probe, probe_large
 from .s3_reap import PendingUpload, abort, pending
 from .s3_session import PART_BYTES, S3Session, ShortObject
-from .s3_upload import SINGLE_PUT_BYTES, LyingServer, collect, multipart, put_object
+from .s3_upload import SINGLE_PUT_BYTES, LyingServer, multipart, put_object
 from .traffic import Traffic
 
 T = TypeVar("T")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt.errors import StorageError
 
+from .base import ONE_PUT_BYTES
 from .faultpoints import hit
 from .retry import fate_of
 from .s3_session import CONCURRENCY, PART_BYTES, S3Session, cancel
 
-SINGLE_PUT_BYTES = 128 * 1024 * 1024
-"""Up to here an object is one request, so that an adapter is; above, a multipart upload."""
+SINGLE_PUT_BYTES = ONE_PUT_BYTES
+"""Up to here an object is one request; above, a multipart upload."""
 MAX_PARTS = 10_000
 
 
@@ -152,11 +152,3 @@ def cut(views: Iterable[memoryview], part: int) -> Iterator[bytes]:
         held += rest
     if held:
         yield bytes(held)
-
-
-def collect(views: Iterable[memoryview]) -> bytes:
-    """The bytes of a stream, each view copied before the next one is asked for."""
-    body = io.BytesIO()
-    for view in views:
-        body.write(view)
-    return body.getvalue()  # without another copy

@@ -317,6 +317,8 @@ def test_nobody_reads_the_chunks_any_more_once_a_write_has_failed() -> None:
     """Their memory belongs to the source, which may go away with the error still in hand."""
 
     class Full:
+        has_rename = True
+
         def put_stream(self, path: str, chunks: Iterator[Buffer], size: int) -> None:
             next(chunks)
             raise StorageError("no space left")

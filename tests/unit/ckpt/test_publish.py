@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,7 +63,7 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
         operation, path, error, after = self._plan
-        if name != operation:
+        if not re.fullmatch(operation, name):
             return value
 
         def call(where: str, *args: Any) -> Any:
@@ -208,10 +209,84 @@ class TestPublish:
 
 
 FAILURES: list[tuple[str, str]] = [
-    ("put_stream", WEIGHTS_NAME),
+    ("put(_stream)?", WEIGHTS_NAME),
     ("put", CONFIG_NAME),
     ("list", "writers"),
 ]
+
+
+class Watched:
+    """A store that lists what it was asked for, and that lets a claim wait."""
+
+    def __init__(self, inner: Storage, *, claim_after: threading.Event | None = None) -> None:
+        self._inner = inner
+        self._claim_after = claim_after
+        self.calls: list[tuple[str, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def call(where: str, *args: Any) -> Any:
+            self.calls.append((name, where))
+            if name == "put_new" and "claim" in where and self._claim_after is not None:
+                assert self._claim_after.wait(30), "nothing was read while the number was claimed"
+            return value(where, *args)
+
+        return call
+
+
+class TestTheNextNumber:
+    def test_is_claimed_without_a_look_after_the_last_one(self, storage: Storage) -> None:
+        first = release(storage)
+        watched = Watched(storage)
+        assert release(watched, after=first.number).number == 2
+        assert watched.calls[0] == ("put_new", "adapters/run7-v00000002.claim.json")
+        assert watched.calls.count(("list", "adapters")) == 1  # nobody is above: asked afterwards
+
+    def test_is_above_what_others_have_taken_meanwhile(self, storage: Storage) -> None:
+        for _ in range(3):
+            release(storage)
+        assert release(storage, after=1).number == 4
+
+    def test_is_above_what_others_have_taken_and_deleted_meanwhile(self, storage: Storage) -> None:
+        for _ in range(3):
+            release(storage)
+        for number in (1, 2):
+            assert delete_version(storage, f"run7-v{number:08}") is None
+        assert release(storage, after=1).number == 4
+        taken = [name for name in names(storage, "adapters") if name.endswith(".claim.json")]
+        assert "run7-v00000002.claim.json" not in taken
+
+    def test_is_claimed_while_an_object_store_collects_the_bytes(self, tmp_path: Path) -> None:
+        tensors, _ = tiny_adapter(optimizer=False)
+        read = threading.Event()
+
+        class Source(MemorySource):
+            def read(self, file: str, start: int, end: int) -> Any:
+                read.set()
+                return super().read(file, start, end)
+
+        source = Source({name.removeprefix("model."): t for name, t in tensors.items()})
+        storage = open_storage(f"memory://{tmp_path.name}")
+        watched = Watched(storage, claim_after=read)
+        assert release(watched, source=source).number == 1
+        read_version(storage, "run7-v00000001")
+
+    @pytest.mark.s3
+    def test_takes_six_requests_on_s3(self, s3: Any) -> None:
+        """Three carry the version; three make its number its own and its writer the newest."""
+        storage = open_storage(s3.url("requests"), s3.storage_options)
+        release(storage)  # probes the store, too
+        watched, before = Watched(storage), storage.traffic.requests
+        release(watched, after=1)
+        assert storage.traffic.requests - before == 6
+        order = [where.rpartition("/")[2] for _, where in watched.calls]
+        assert order[:2] == ["run7-v00000002.claim.json", "adapters"]
+        assert order[2] == WEIGHTS_NAME
+        assert sorted(order[3:5]) == [CONFIG_NAME, "writers"]
+        assert order[5:] == [MANIFEST]
 
 
 class TestFailure:
