@@ -15,6 +15,8 @@ from .bases import check_base
 from .candidates import check_candidate, check_targetable, output_names, owners_of, untargetable
 from .config import LoRAConfig, check_config
 from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, TargetError
+from .expert_targets import by_stack, chosen_stacks, expert_names, stack_settings
+from .experts import LoRAGroupedExperts
 from .factors import LoRAPair
 from .frozen import FrozenMap
 from .linear import LoRALinear
@@ -25,10 +27,6 @@ from .protocol import adapter_modules
 from .targets import match_targets
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_STACKED: Final = (
-    "experts that lie stacked hold the default adapter only: leave them out of this one with "
-    "exclude_modules (they compute their base alone while it is active)"
-)
 
 
 def add_adapter(
@@ -42,7 +40,8 @@ def add_adapter(
 
     Rank, alpha, targets and dtype may differ from those of the other adapters. A module that the
     adapter leaves out computes its base alone while the adapter is active. The parameters are
-    called ``<module>.adapters.<name>.lora_a.weight`` and ``.lora_b.weight``.
+    called ``<module>.adapters.<name>.lora_a.weight`` and ``.lora_b.weight``; those of experts
+    ``<module>.adapters.<name>.w1_lora_a`` and so on.
 
     Args:
         model: any tree of modules.
@@ -65,7 +64,8 @@ def add_adapter(
     _check_name(model, name)
     require_whole(model, "add_adapter()")
     modules = {n: m for n, m in canonical_modules(model) if n in record.hf_names}
-    found = _match(model, modules, record, config)
+    found, grouped = _match(model, modules, record, config)
+    settings = stack_settings(config, grouped)
     owners = owners_of(model)
     for fqn, hf in found.matched.items():
         if isinstance(modules[fqn], nn.Embedding):
@@ -90,6 +90,12 @@ def add_adapter(
         model.set_submodule(paths[id(modules[fqn])], layer)
     for fqn, pair in pairs.items():
         layers[fqn].put_adapter(name, pair)
+    for fqn, targets in settings.items():
+        experts = modules[fqn]
+        if not isinstance(experts, LoRAGroupedExperts):
+            experts = LoRAGroupedExperts(experts, config, {}, fqn=fqn)
+            model.set_submodule(paths[id(modules[fqn])], experts)
+        experts.add_adapter(name, config, targets, trainable=trainable)
     record.others[name] = found
     return found
 
@@ -112,7 +118,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         raise NoAdapterError(msg)
     require_whole(model, "remove_adapter()")
     for _, module in list(adapter_modules(model)):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | LoRAGroupedExperts):
             if name in module.adapter_names():
                 module.drop_adapter(name)
             if module.active == name:
@@ -166,13 +172,22 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             raise AdapterMismatch(msg)
         plan.append((slot, value))
     for fqn, module in adapter_modules(model):
-        if isinstance(module, LoRALinear) and source in module.adapter_names():
-            theirs, ours = module.adapter_of(source).scaling, module.adapter_of(target).scaling
+        if isinstance(module, LoRALinear | LoRAGroupedExperts):
+            if source not in module.adapter_names():
+                continue
+            theirs, ours = _scalings(module, source), _scalings(module, target)
             if theirs != ours:
-                msg = f"{pair}: at {fqn} the scaling is {theirs:g} in one, {ours:g} in the other"
+                msg = f"{pair}: at {fqn} the scaling is {theirs} in one, {ours} in the other"
                 raise AdapterMismatch(msg)
     for target_part, source_part in plan:
         target_part.copy_(source_part)
+
+
+def _scalings(module: LoRALinear | LoRAGroupedExperts, adapter: str) -> str:
+    if isinstance(module, LoRALinear):
+        return f"{module.adapter_of(adapter).scaling:g}"
+    held = module.adapter_of(adapter).scalings
+    return ", ".join(f"{scaling:g} ({stack})" for stack, scaling in sorted(held.items()))
 
 
 def _slot(name: str, adapter: str) -> str:
@@ -186,27 +201,34 @@ def _placed(tensor: Tensor) -> object:
 
 def _match(
     model: nn.Module, modules: Mapping[str, nn.Module], record: AppliedLoRA, config: LoRAConfig
-) -> AppliedLoRA:
-    """What the adapter is for, among the modules that there were when the first one came."""
+) -> tuple[AppliedLoRA, dict[str, dict[str, tuple[str, ...]]]]:
+    """What the adapter is for, among the modules that there were when the first one came.
+
+    Returns:
+        Its record, and the stacks of experts that it is for.
+    """
     check_config(config)
     by_hf = {hf: fqn for fqn, hf in record.hf_names.items() if fqn in modules}
     refused = untargetable(modules, record.hf_names)
-    # Names of no module are those of experts that lie stacked.
-    stacked = set(record.module_names) - set(record.hf_names.values()) - refused.keys()
+    stacked = expert_names(modules, record.hf_names)
+    one_by_one = {hf for names in stacked for stack in names.stacks.values() for hf in stack}
     linear = {record.hf_names[n] for n, m in modules.items() if isinstance(m, nn.Linear)}
     chosen = match_targets(
         config,
         record.module_names,
-        linear_names=linear | stacked,
+        linear_names=linear | one_by_one,
         output_names=output_names(model, modules, record.hf_names),
     )
-    check_targetable(chosen, refused | dict.fromkeys(stacked, _STACKED))
-    return AppliedLoRA(
+    check_targetable(chosen, refused)
+    grouped = chosen_stacks(stacked, frozenset(chosen))
+    found = AppliedLoRA(
         config=config,
-        matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
+        matched=FrozenMap({by_hf[hf]: hf for hf in chosen if hf in by_hf}),
         module_names=record.module_names,
         hf_names=record.hf_names,
+        experts=FrozenMap(by_stack(grouped)),
     )
+    return found, grouped
 
 
 def _check_name(model: nn.Module, name: object) -> None:

@@ -30,7 +30,8 @@ from .candidates import (
 from .config import LoRAConfig, check_config
 from .embedding import LoRAEmbedding
 from .errors import NoAdapterError, TargetError
-from .experts import ExpertNames, LoRAGroupedExperts, StackedExperts, one_setting
+from .expert_targets import by_stack, chosen_stacks, expert_names, stack_settings
+from .experts import LoRAGroupedExperts
 from .frozen import FrozenMap
 from .linear import LoRALinear
 from .names import canonical_modules
@@ -60,8 +61,8 @@ def apply_lora(
 
     A linear layer is replaced by a LoRALinear, an embedding that a name or a regular expression
     selects by a LoRAEmbedding. Experts that lie stacked
-    (:class:`archon_lora.experts.StackedExperts`) are targeted by the names that HuggingFace gives
-    the linear layers of each, and replaced by LoRAGroupedExperts.
+    (:class:`archon_lora.expert_targets.StackedExperts`) are targeted by the names that HuggingFace
+    gives the linear layers of each, and replaced by LoRAGroupedExperts.
 
     Call it once, on the bare model, before tensor parallelism, ``fully_shard``, DDP or an
     optimizer; on a meta-device model :func:`initialise_adapters` follows after ``to_empty``.
@@ -89,11 +90,7 @@ def apply_lora(
     hf_names = _hf_names(list(modules), name_map)
     by_hf = {hf: fqn for fqn, hf in hf_names.items()}
     refused = untargetable(modules, hf_names)
-    stacked = [
-        ExpertNames.of(m, n, hf_names[n])
-        for n, m in modules.items()
-        if n and isinstance(m, StackedExperts)
-    ]
+    stacked = expert_names(modules, hf_names)
     one_by_one = [hf for names in stacked for stack in names.stacks.values() for hf in stack]
     everything = tuple(dict.fromkeys([*hf_names.values(), *refused, *one_by_one]))
     linear = {hf_names[n] for n, m in modules.items() if n and isinstance(m, nn.Linear)}
@@ -107,11 +104,8 @@ def apply_lora(
     except TargetError as error:
         raise TargetError(f"{error}{other_layers(model, modules)}") from error
     check_targetable(selected, refused)
-    grouped = _grouped(stacked, frozenset(selected))
-    settings = {
-        fqn: {stack: one_setting(config, hf) for stack, hf in stacks.items()}
-        for fqn, stacks in grouped.items()
-    }
+    grouped = chosen_stacks(stacked, frozenset(selected))
+    settings = stack_settings(config, grouped)
     chosen = tuple(hf for hf in selected if hf in by_hf)
     owners = owners_of(model)
     for hf in chosen:
@@ -135,9 +129,7 @@ def apply_lora(
         matched=FrozenMap({by_hf[hf]: hf for hf in chosen}),
         hf_names=FrozenMap(hf_names),
         module_names=everything,
-        experts=FrozenMap(
-            {f"{fqn}.{stack}": hf for fqn, s in grouped.items() for stack, hf in s.items()}
-        ),
+        experts=FrozenMap(by_stack(grouped)),
     )
     model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
     # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.
@@ -236,11 +228,3 @@ def _layer(
         fqn=fqn,
         seed=config.seed,
     )
-
-
-def _grouped(
-    stacked: list[ExpertNames], selected: frozenset[str]
-) -> dict[str, dict[str, tuple[str, ...]]]:
-    """The stacks to adapt, with the HF names of their experts, by the FQN of their module."""
-    found = {names.fqn: names.chosen(selected) for names in stacked}
-    return {fqn: stacks for fqn, stacks in found.items() if stacks}

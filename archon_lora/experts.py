@@ -5,38 +5,20 @@ Shape suffixes: ``_RI``, ``_RO`` rows sorted by expert, with input or output fea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .errors import LoRAConfigError, TargetError
+from .errors import LoRAConfigError, NoAdapterError
+from .expert_targets import DOWN, GATE, UP, check_experts
 from .factors import reset_factors
 from .grouped import grouped_linear, local_stack
 from .merge import merge_factors
-
-GATE, DOWN, UP = "w1", "w2", "w3"
-"""Archon's names of the three stacks, ``(E, out, in)`` each."""
-
-_STACKS = (GATE, DOWN, UP)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@runtime_checkable
-class StackedExperts(Protocol):
-    """Experts ``w2(silu(w1 x) * w3 x)`` in stacks ``w1``, ``w2``, ``w3`` of ``(E, out, in)``.
-
-    Called with rows sorted by expert, ``(rows, hidden)``, and the number of rows of each expert.
-
-    Attributes:
-        expert_projections: what HuggingFace calls a stack's projection in one expert, by stack.
-    """
-
-    expert_projections: Mapping[str, str]
+from .names import DEFAULT_ADAPTER
 
 
 def factor_names(stack: str) -> tuple[str, str]:
@@ -44,22 +26,101 @@ def factor_names(stack: str) -> tuple[str, str]:
     return f"{stack}_lora_a", f"{stack}_lora_b"
 
 
-class LoRAGroupedExperts(nn.Module):
-    """Stacked experts with a low-rank update for each expert, as one LoRALinear each would have.
+class StackFactors(nn.Module):
+    """One adapter of stacked experts: A ``(E, rank, in)`` and B ``(E, out, rank)`` by stack.
 
-    ``A`` is ``(E, rank, in)`` and ``B`` ``(E, out, rank)``, parameters of this very module beside
-    the frozen stacks, whose names stay. So what shards the stacks between experts, or gathers
-    them, does so with the factors. Values of A are drawn from the seed and the name for the whole
-    stack, in the range that one expert's input width gives; B starts at zero.
+    Values of A are drawn from the seed and the name for the whole stack, in the range that one
+    expert's input width gives; B starts at zero.
 
     Attributes:
-        expert_projections: as in :class:`StackedExperts`.
         ranks: inner dimension by adapted stack, as the two below.
         alphas: numerator of the scaling.
         scalings: factor on the update.
-        disabled: when true, forward computes the base experts alone.
-        fqn: canonical name of this module in the model; seeds the initial values.
+        dropout: applied to the adapter's input.
+        init: initial values of A.
+        fqn: canonical name of the module that the parameters are in; seeds the initial values.
+        seed: with the name, the seed of A.
+        trainable: whether the parameters train.
     """
+
+    def __init__(
+        self,
+        stacks: Mapping[str, Tensor],
+        config: LoRAConfig,
+        targets: Mapping[str, str],
+        *,
+        fqn: str,
+        trainable: bool = True,
+    ) -> None:
+        """Make the parameters.
+
+        Args:
+            stacks: the base's, by name.
+            config: rank, alpha, dropout, initial values and dtype.
+            targets: by adapted stack, the HF name that rank and alpha patterns are matched with.
+            fqn: canonical name of this module.
+            trainable: whether the parameters train.
+        """
+        super().__init__()
+        self.ranks = {stack: config.rank_for(hf) for stack, hf in targets.items()}
+        self.alphas = {stack: config.alpha_for(hf) for stack, hf in targets.items()}
+        self.scalings = {stack: config.scaling_for(hf) for stack, hf in targets.items()}
+        self.init = config.init
+        self.seed = config.seed
+        self.fqn = fqn
+        self.trainable = trainable
+        self.dropout = nn.Dropout(config.dropout)
+        for target, rank in self.ranks.items():
+            experts, wide, narrow = stacks[target].shape
+            shapes = ((experts, rank, narrow), (experts, wide, rank))
+            for name, shape in zip(factor_names(target), shapes, strict=True):
+                empty = torch.empty(shape, device=stacks[target].device, dtype=config.adapter_dtype)
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=trainable))
+
+    def own_factors(self) -> list[str]:
+        """Names of the parameters, A before B of each stack."""
+        return [name for stack in self.ranks for name in factor_names(stack)]
+
+    def reset_own(self) -> None:
+        """Write the initial values; raises NoAdapterError for parameters on the meta device."""
+        kinds = (self.init, "zeros")
+        factors = [
+            (name, self.get_parameter(name), kind)
+            for stack in self.ranks
+            for name, kind in zip(factor_names(stack), kinds, strict=True)
+        ]
+        reset_factors(factors, fqn=self.fqn, seed=self.seed)
+
+    def update_of(self, stack: str, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+        """What is added to the output of a stack that this adapter is for."""
+        a, b = (local_stack(getattr(self, name)) for name in factor_names(stack))
+        down = grouped_linear(self.dropout(x_RI.to(a.dtype)), a, counts_E)
+        # Scaled at rank width, as LoRALinear does it.
+        return grouped_linear(down * self.scalings[stack], b, counts_E)
+
+
+class StackFactorsByName(nn.ModuleDict):
+    """Further adapters by name."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> StackFactors: ...  # nn.ModuleDict says Module
+
+
+class LoRAGroupedExperts(StackFactors):
+    """Stacked experts with a low-rank update for each expert, as one LoRALinear each would have.
+
+    The default adapter's factors are parameters of this very module beside the frozen stacks, whose
+    names stay. So what shards the stacks between experts, or gathers them, does so with the
+    factors. Further adapters are children, ``adapters.<name>.w1_lora_a``.
+
+    Attributes:
+        expert_projections: as in :class:`archon_lora.expert_targets.StackedExperts`.
+        disabled: when true, forward computes the base experts alone.
+        active: name of the adapter that forward uses otherwise; the base alone if it is not here.
+    """
+
+    adapters: StackFactorsByName
 
     def __init__(
         self,
@@ -73,35 +134,29 @@ class LoRAGroupedExperts(nn.Module):
 
         Args:
             base: the experts; its parameters are frozen, since they are the same objects.
-            config: rank, alpha, dropout, initial values and dtype of the adapters.
-            targets: by stack, the HF name that rank and alpha patterns are matched with.
+            config: rank, alpha, dropout, initial values and dtype of the default adapter.
+            targets: by stack, the HF name that rank and alpha patterns are matched with. Without
+                any, there is no default adapter.
             fqn: canonical name of the experts in the model.
 
         Raises:
-            TargetError: the module is not what :class:`StackedExperts` describes.
+            TargetError: the module is not what
+                :class:`archon_lora.expert_targets.StackedExperts` describes.
         """
-        super().__init__()
         stacks = check_experts(base, fqn)
+        super().__init__(stacks, config, targets, fqn=fqn)
+        own = dict(self._parameters)
+        self._parameters.clear()  # the base's come first
         for name, stack in stacks.items():
             stack.requires_grad_(False)
             self.register_parameter(name, stack)
-        self.expert_projections: Mapping[str, str] = dict(base.expert_projections)  # type: ignore[arg-type]
-        self.ranks = {stack: config.rank_for(hf) for stack, hf in targets.items()}
-        self.alphas = {stack: config.alpha_for(hf) for stack, hf in targets.items()}
-        self.scalings = {stack: config.scaling_for(hf) for stack, hf in targets.items()}
-        self.init = config.init
-        self.seed = config.seed
-        self.fqn = fqn
+        self._parameters.update(own)
+        self.expert_projections: Mapping[str, str] = dict(
+            base.expert_projections  # type: ignore[arg-type]  # checked above
+        )
         self.disabled = False
-        self.dropout = nn.Dropout(config.dropout)
-        where = stacks[GATE].device
-        for target, rank in self.ranks.items():
-            experts, wide, narrow = stacks[target].shape
-            shapes = ((experts, rank, narrow), (experts, wide, rank))
-            for name, shape in zip(factor_names(target), shapes, strict=True):
-                empty = torch.empty(shape, device=where, dtype=config.adapter_dtype)
-                self.register_parameter(name, nn.Parameter(empty))
-        if where.type != "meta":
+        self.active = DEFAULT_ADAPTER
+        if stacks[GATE].device.type != "meta":
             self.reset_adapter()
         self.train(base.training)
 
@@ -124,46 +179,123 @@ class LoRAGroupedExperts(nn.Module):
         return self._project(DOWN, gate * self._project(UP, x_RI, counts_E), counts_E)
 
     def _project(self, stack: str, x_RI: Tensor, counts_E: Tensor) -> Tensor:
-        base_RO = grouped_linear(x_RI, local_stack(self.get_parameter(stack)), counts_E)
-        if self.disabled or stack not in self.ranks:
+        base_RO = grouped_linear(x_RI, local_stack(getattr(self, stack)), counts_E)
+        if self.disabled or self.active not in self.adapter_names():
             return base_RO
-        a, b = (local_stack(self.get_parameter(name)) for name in factor_names(stack))
-        down = grouped_linear(self.dropout(x_RI.to(a.dtype)), a, counts_E)
-        # Scaled at rank width, as LoRALinear does it.
-        update_RO = grouped_linear(down * self.scalings[stack], b, counts_E)
+        adapter = self.adapter_of(self.active)
+        if stack not in adapter.ranks:
+            return base_RO
+        update_RO = adapter.update_of(stack, x_RI, counts_E)
         return (base_RO + update_RO).to(base_RO.dtype)
 
     def adapter_params(self) -> list[str]:
-        """Names of the parameters that belong to the adapter."""
-        return [name for stack in self.ranks for name in factor_names(stack)]
+        """Names of the parameters of all adapters that train."""
+        return self._params(trainable=True)
+
+    def frozen_adapter_params(self) -> list[str]:
+        """The same of those that do not; a run cannot go on without them, so they are saved too."""
+        return self._params(trainable=False)
+
+    def _params(self, *, trainable: bool) -> list[str]:
+        return [
+            local
+            for name in self.adapter_names()
+            if self.adapter_of(name).trainable == trainable
+            for local in self.params_of(name)
+        ]
+
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that have parameters here, the default one first."""
+        default = (DEFAULT_ADAPTER,) if self.ranks else ()
+        return (*default, *(self.adapters if "adapters" in self._modules else ()))
+
+    def params_of(self, name: str) -> list[str]:
+        """Names, relative to this module, of one adapter's parameters; empty if there are none."""
+        if name not in self.adapter_names():
+            return []
+        prefix = "" if name == DEFAULT_ADAPTER else f"adapters.{name}."
+        return [prefix + local for local in self.adapter_of(name).own_factors()]
+
+    def adapter_of(self, name: str) -> StackFactors:
+        """What holds one adapter's factors, ranks, alphas and scalings.
+
+        Raises:
+            NoAdapterError: there is no such adapter here.
+        """
+        if name not in self.adapter_names():
+            has = ", ".join(map(repr, self.adapter_names())) or "none"
+            msg = f"{self.fqn or 'these experts'} have no adapter {name!r}; they have {has}"
+            raise NoAdapterError(msg)
+        return self if name == DEFAULT_ADAPTER else self.adapters[name]
+
+    def add_adapter(
+        self, name: str, config: LoRAConfig, targets: Mapping[str, str], *, trainable: bool
+    ) -> None:
+        """Hold one more adapter, under a name that is not taken here; arguments as above."""
+        stacks = {stack: self.get_parameter(stack) for stack in self.expert_projections}
+        fqn = f"{self.fqn}.adapters.{name}"
+        made = StackFactors(stacks, config, targets, fqn=fqn, trainable=trainable)
+        if not stacks[GATE].is_meta:
+            made.reset_own()
+        if "adapters" not in self._modules:
+            self.adapters = StackFactorsByName()
+        self.adapters[name] = made.train(self.training)
+
+    def drop_adapter(self, name: str) -> None:
+        """Let go of an adapter that :meth:`add_adapter` added."""
+        del self.adapters[name]
+        if not self.adapters:
+            del self.adapters
+
+    def activate(self, name: str) -> None:
+        """Let this name's adapter be the one that forward uses; does not enable."""
+        self.active = name
+
+    def split_factors(self) -> list[tuple[str, str]]:
+        """Names of A and B of every stack and adapter, for a style over ranks that see the same.
+
+        Raises:
+            LoRAConfigError: an adapter has dropout, whose masks the ranks would draw differently.
+        """
+        pairs = []
+        for name in self.adapter_names():
+            rate = self.adapter_of(name).dropout.p
+            if rate:
+                msg = (
+                    f"{self.fqn or 'these experts'}: dropout={rate:g} with tensor parallelism: "
+                    "ranks would draw different masks for the same rows; set lora.dropout to 0"
+                )
+                raise LoRAConfigError(msg)
+            names = self.params_of(name)
+            pairs += list(zip(names[::2], names[1::2], strict=True))
+        return pairs
 
     def reset_adapter(self) -> None:
-        """Write the initial values: A drawn from (seed, name), B zero; the base is not touched.
+        """Write the initial values of every adapter; the base is not touched.
 
         Works on plain parameters and on DTensors of any placement, without communication.
 
         Raises:
             NoAdapterError: the parameters are on the meta device.
         """
-        kinds = (self.init, "zeros")
-        factors = [
-            (name, self.get_parameter(name), kind)
-            for stack in self.ranks
-            for name, kind in zip(factor_names(stack), kinds, strict=True)
-        ]
-        reset_factors(factors, fqn=self.fqn, seed=self.seed)
+        for name in self.adapter_names():
+            self.adapter_of(name).reset_own()
 
-    def merged_stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Each adapted stack with its update, in fp32 and as a new tensor: ``W + scaling * B A``.
+    def merged_stacks(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, Tensor]]:
+        """Each stack that an adapter is for, with its update: ``W + scaling * B A``, in fp32.
 
         On sharded parameters every rank gets whole stacks; all ranks of the mesh must iterate.
 
         Yields:
-            Pairs (name of the stack, ``(E, out, in)``).
+            Pairs (name of the stack, a new tensor ``(E, out, in)``).
+
+        Raises:
+            NoAdapterError: there is no such adapter here.
         """
-        for stack in self.ranks:
-            a, b = (self.get_parameter(name) for name in factor_names(stack))
-            yield stack, merge_factors(self.get_parameter(stack), a, b, self.scalings[stack])
+        held = self.adapter_of(adapter)
+        for stack, scaling in held.scalings.items():
+            a, b = (held.get_parameter(name) for name in factor_names(stack))
+            yield stack, merge_factors(self.get_parameter(stack), a, b, scaling)
 
     def enable(self) -> None:
         """Let forward add the updates."""
@@ -180,121 +312,3 @@ class LoRAGroupedExperts(nn.Module):
             f"{s}: rank={r}, alpha={self.alphas[s]:g}" for s, r in self.ranks.items()
         )
         return f"experts={self.experts}, {stacks}{state}"
-
-
-def check_experts(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Make sure that a module can be the base of a LoRAGroupedExperts.
-
-    Args:
-        module: the candidate.
-        name: how to call it in errors.
-
-    Returns:
-        Its stacks by name.
-
-    Raises:
-        TargetError: the stacks are not three that fit together, or the module has more
-            parameters, or hooks, which would be lost.
-    """
-    where = f"module {name!r}" if name else "the module"
-    stacks = dict(module.named_parameters())
-    shapes = {key: tuple(stack.shape) for key, stack in stacks.items()}
-    wanted = isinstance(module, StackedExperts) and set(module.expert_projections) == set(stacks)
-    fits = set(stacks) == set(_STACKS) and all(len(shape) == 3 for shape in shapes.values())
-    if fits:
-        experts, width, hidden = shapes[GATE]
-        fits = shapes == {
-            GATE: (experts, width, hidden),
-            DOWN: (experts, hidden, width),
-            UP: (experts, width, hidden),
-        }
-    if not (wanted and fits):
-        msg = (
-            f"{where} is a {type(module).__qualname__} with parameters {shapes}; experts that "
-            f"take adapters have expert_projections and three stacks, {', '.join(_STACKS)}, of "
-            "(experts, out, in)"
-        )
-        raise TargetError(msg)
-    hooked = [attribute for attribute in _HOOKS if getattr(module, attribute, None)]
-    if hooked:
-        msg = f"{where} has hooks that would be lost ({', '.join(hooked)}); add them afterwards"
-        raise TargetError(msg)
-    return stacks
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertNames:
-    """HF names of the projections of all experts of one module.
-
-    Attributes:
-        fqn: canonical name of the module.
-        stacks: by stack, the HF names of its experts, in order.
-    """
-
-    fqn: str
-    stacks: Mapping[str, tuple[str, ...]]
-
-    @classmethod
-    def of(cls, module: nn.Module, fqn: str, hf: str) -> ExpertNames:
-        """Write the names out.
-
-        Args:
-            module: the experts.
-            fqn: canonical name of the module.
-            hf: HF name of the module.
-
-        Raises:
-            TargetError: see :func:`check_experts`.
-        """
-        stacks = check_experts(module, hf)
-        count = stacks[GATE].shape[0]
-        projections: Mapping[str, str] = module.expert_projections  # type: ignore[assignment]
-        return cls(
-            fqn,
-            {
-                stack: tuple(f"{hf}.{expert}.{projection}" for expert in range(count))
-                for stack, projection in projections.items()
-            },
-        )
-
-    def chosen(self, names: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """The stacks of which the names choose every expert, with their HF names.
-
-        Args:
-            names: HF names of all targets of the model.
-
-        Raises:
-            TargetError: the names choose some experts of a stack and not the others.
-        """
-        found = {}
-        for stack, hf_names in self.stacks.items():
-            left = [name for name in hf_names if name not in names]
-            if len(left) == len(hf_names):
-                continue
-            if left:
-                msg = (
-                    f"target_modules selects {len(hf_names) - len(left)} of {len(hf_names)} "
-                    f"experts and not {left[0]}: the experts of a projection lie in one tensor and "
-                    "are adapted together"
-                )
-                raise TargetError(msg)
-            found[stack] = hf_names
-        return found
-
-
-def one_setting(config: LoRAConfig, names: Sequence[str]) -> str:
-    """The HF name that stands for all experts of a stack, if patterns give them one setting.
-
-    Raises:
-        LoRAConfigError: experts of one stack have different ranks or alphas.
-    """
-    settings = {(config.rank_for(name), config.alpha_for(name)): name for name in names}
-    if len(settings) > 1:
-        (first, one), (second, other) = list(settings.items())[:2]
-        msg = (
-            f"rank_pattern and alpha_pattern give {one} rank {first[0]} and alpha {first[1]:g}, "
-            f"but {other} rank {second[0]} and alpha {second[1]:g}: the experts of a projection "
-            "lie in one tensor and need one rank and alpha"
-        )
-        raise LoRAConfigError(msg)
-    return names[0]

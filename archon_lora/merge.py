@@ -34,8 +34,12 @@ class Mergeable(Protocol):
 class MergeableStacks(Protocol):
     """A module of stacked experts that can say what its stacks would be with adapters folded in."""
 
-    def merged_stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Local name of each adapted stack, and base plus update as a new fp32 tensor."""
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that the module holds."""
+        ...
+
+    def merged_stacks(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, Tensor]]:
+        """Local name of each stack that it is for, and base plus update as a new fp32 tensor."""
         ...
 
 
@@ -79,8 +83,8 @@ def iter_merged_weights(
     for name, module in canonical_modules(model):
         if isinstance(module, Mergeable) and adapter in module.adapter_names():
             yield (f"{name}.weight" if name else "weight"), module.merged_weight(adapter)
-        elif isinstance(module, MergeableStacks) and adapter == DEFAULT_ADAPTER:
-            for stack, merged in module.merged_stacks():
+        elif isinstance(module, MergeableStacks) and adapter in module.adapter_names():
+            for stack, merged in module.merged_stacks(adapter):
                 yield (f"{name}.{stack}" if name else stack), merged
 
 

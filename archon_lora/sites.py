@@ -13,7 +13,6 @@ from .experts import LoRAGroupedExperts, factor_names
 from .linear import LoRALinear
 from .names import DEFAULT_ADAPTER, canonical_modules
 from .peft_keys import Factor, peft_key
-from .protocol import names_in
 
 _SHOWN = 8
 
@@ -102,13 +101,13 @@ def adapter_sites(
         if not isinstance(experts, LoRAGroupedExperts):
             gone.append(name)
             continue
-        if adapter not in names_in(experts):
+        if adapter not in experts.adapter_names():
             continue
-        local = factor_names(stack)
-        a, b = (experts.get_parameter(factor) for factor in local)
-        a_name, b_name = (f"{fqn}.{factor}" for factor in local)
+        inner = experts.adapter_of(adapter)
+        a, b = (inner.get_parameter(factor) for factor in factor_names(stack))
+        a_name, b_name = (f"{inner.fqn}.{factor}" for factor in factor_names(stack))
         for index, hf in enumerate(hf_names):
-            rank, scaling = experts.ranks[stack], experts.scalings[stack]
+            rank, scaling = inner.ranks[stack], inner.scalings[stack]
             sites[hf] = AdapterSite(a, b, a_name, b_name, index, rank, scaling)
     if gone:
         shown = ", ".join(gone[:_SHOWN]) + (" and more" if len(gone) > _SHOWN else "")

@@ -147,12 +147,13 @@ def shard_experts(
 
 def _share_out(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Put this rank's part of every parameter in its place."""
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
-        shared = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-        experts.register_parameter(
-            name, nn.Parameter(shared, requires_grad=parameter.requires_grad)
-        )
+    for module in experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            shared = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            module.register_parameter(
+                name, nn.Parameter(shared, requires_grad=parameter.requires_grad)
+            )
 
 
 def _divide_gradients(experts: nn.Module, layout: ParallelMesh) -> None:

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from archon_lora import LoRAConfig, apply_lora, get_adapter_params, initialise_adapters
+from archon_lora import (
+    LoRAConfig,
+    add_adapter,
+    apply_lora,
+    copy_adapter,
+    get_adapter_params,
+    initialise_adapters,
+)
 from archon_lora.engine import OptimizerConfig
 from archon_lora.engine.grad_norm import clip_grad_norm
 from archon_lora.engine.schedule import build_optimizer
@@ -72,6 +79,7 @@ class Run:
         with torch.device("meta"):
             self.model: nn.Module = Qwen3MoeModel(CONFIG)
         apply_lora(self.model, lora, name_map=adapter.module_to_hf)
+        add_adapter(self.model, "reference", lora, trainable=False)
         self.rank, self.dp = 0, 1
         if dims is not None:
             layout = build_mesh(dims, "cpu")
@@ -104,6 +112,9 @@ class Run:
 
     def parameters(self) -> list[nn.Parameter]:
         return list(get_adapter_params(self.model).values())
+
+    def keep_reference(self) -> None:
+        copy_adapter(self.model, "default", "reference")
 
     def state(self) -> TrainState:
         return TrainState(self.model, self.optimizer)

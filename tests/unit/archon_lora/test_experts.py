@@ -15,7 +15,10 @@ from archon_lora import (
     LoRAConfigError,
     NoAdapterError,
     TargetError,
+    adapter_mode,
+    add_adapter,
     apply_lora,
+    copy_adapter,
     disable_adapter,
     enable_adapter,
     get_adapter_params,
@@ -24,6 +27,7 @@ from archon_lora import (
     iter_merged_weights,
     load_adapter_tensors,
     peft_export,
+    remove_adapter,
 )
 from archon_lora.experts import LoRAGroupedExperts
 from archon_lora.grouped import grouped_linear
@@ -33,6 +37,7 @@ from archon_lora.stacked import FUSED
 
 E, D, F = 3, 8, 4
 COUNTS = torch.tensor([4, 0, 5])
+EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 HF = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -274,6 +279,61 @@ def test_export_takes_experts_apart_and_a_load_puts_them_together():
         load_adapter_tensors(again, tensors, export["peft_config"])
 
 
+def test_several_adapters_over_the_same_experts():
+    model = adapted(LoRAConfig(rank=2, alpha=4))
+    config = LoRAConfig(rank=2, alpha=4, target_modules=["gate_proj", "up_proj", "q_proj"])
+    add_adapter(model, "reference", config, trainable=False)
+    add_adapter(model, "other", LoRAConfig(rank=3, target_modules=["down_proj"]))
+    base, x = block().experts, rows()
+    plain, policy = base(x, COUNTS), model.experts(x, COUNTS)
+    with adapter_mode(model, "reference"):
+        assert torch.equal(model.experts(x, COUNTS), plain)  # its B is zero
+        with adapter_mode(model, "base"):
+            assert torch.equal(model.experts(x, COUNTS), plain)
+    assert torch.equal(model.experts(x, COUNTS), policy)
+    with torch.no_grad():
+        model.experts.adapters["other"].w2_lora_b.fill_(0.1)
+    with adapter_mode(model, "other"):
+        assert not torch.equal(model.experts(x, COUNTS), plain)
+        assert not torch.equal(model.experts(x, COUNTS), policy)
+    trained = list(get_adapter_params(model))
+    assert "experts.adapters.other.w2_lora_a" in trained
+    assert not any("reference" in name for name in trained)
+    held = get_adapter_params(model, adapter="reference")
+    assert "experts.adapters.reference.w3_lora_b" in held
+    assert not any(parameter.requires_grad for parameter in held.values())
+
+    keys = {rule["key"] for rule in peft_export(model, adapter="other")["rules"]}
+    assert keys == {
+        f"base_model.model.experts.{e}.down_proj.lora_{side}.weight"
+        for e in range(E)
+        for side in "AB"
+    }
+    merged = dict(iter_merged_weights(model, adapter="other"))
+    assert set(merged) == {"experts.w2"}
+    with pytest.raises(AdapterMismatch, match="only one of them has"):
+        copy_adapter(model, "default", "reference")
+    remove_adapter(model, "reference")
+    remove_adapter(model, "other")
+    assert not any("adapters" in name for name in model.state_dict())
+    assert torch.equal(model.experts(x, COUNTS), policy)
+
+
+def test_experts_that_only_a_further_adapter_is_for():
+    model = block()
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    add_adapter(model, "other", LoRAConfig(rank=2, target_modules=EXPERTS))
+    x, plain = rows(), block().experts(rows(), COUNTS)
+    assert torch.equal(model.experts(x, COUNTS), plain)
+    with torch.no_grad():
+        for name, parameter in get_adapter_params(model, adapter="other").items():
+            parameter.fill_(0.1 if "lora_b" in name else 0.2)
+    with adapter_mode(model, "other"):
+        assert not torch.equal(model.experts(x, COUNTS), plain)
+    with pytest.raises(LoRAConfigError, match="need one rank"):
+        add_adapter(model, "third", LoRAConfig(rank_pattern={r"experts\.1\.up_proj": 1}))
+
+
 def stacked_file(rank: int, *, apart: bool) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """An adapter on the stacks as PEFT writes it, by its published formula."""
     torch.manual_seed(9)
@@ -298,9 +358,6 @@ def stacked_file(rank: int, *, apart: bool) -> tuple[dict[str, torch.Tensor], di
         "peft_version": "0.21.2",
     }
     return tensors, config
-
-
-EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize("apart", [True, False])

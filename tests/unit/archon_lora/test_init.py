@@ -60,9 +60,7 @@ def test_fan_and_rank_of_stacked_factors_are_those_of_one() -> None:
 
 def test_zeros_and_unknown_kinds() -> None:
     assert torch.count_nonzero(initial_value(0, "x", (3, 2), "zeros")) == 0
-    with pytest.raises(
-        ValueError, match="'gaussian', 'normal' or 'zeros', got 'x'"
-    ):
+    with pytest.raises(ValueError, match="'gaussian', 'normal' or 'zeros', got 'x'"):
         initial_value(0, "x", (3, 2), "x")
 
 

@@ -13,6 +13,7 @@ LORA = [
     "archon_lora.adapter",
     "archon_lora.apply",
     "archon_lora.config",
+    "archon_lora.expert_targets",
     "archon_lora.experts",
     "archon_lora.init",
     "archon_lora.linear",
