@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,11 @@ from .peft_import import import_adapter, publish_tensors
 _DEFAULT_MODEL = "model"
 _DEFAULT_RUN = "run"
 _SHOWN = 8
+_TRAINER_STATE = re.compile(
+    r"(?:optimizer|scheduler|scaler)\.(?:pt|bin)|rng_state\S*\.pth|trainer_state\.json"
+    r"|training_args\.bin|recipe_state(?:\.pt)?"
+)
+"""What transformers' Trainer and torchtune write beside an adapter."""
 
 _KINDS = "DCP (.metadata), verl (model_world_size_*.pt), prime-rl (trainer/.metadata), PEFT"
 _STEP_OPTIONS = {"step": "--step", "model": "--model", "optim": "--optim"}
@@ -205,10 +211,19 @@ def _show_step(source: str, root: str, result: Imported, as_json: bool) -> None:
     output_console().print(show.facts_table(facts))
 
 
+def _beside(directory: Path | None) -> list[str]:
+    """A trainer's own state beside an adapter: a version has no place for it."""
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(p.name for p in directory.iterdir() if _TRAINER_STATE.fullmatch(p.name))
+
+
 def _show_version(
     source: str, root: str, run: str, manifest: VersionManifest, as_json: bool
 ) -> None:
     size = sum(file.size for file in manifest.files)
+    local = local_directory(source)
+    skipped = _beside(local.parent if local is not None and local.is_file() else local)
     path = version_dir(run, manifest.number)
     if as_json:
         write_json(
@@ -218,6 +233,7 @@ def _show_version(
                 "version": manifest.name,
                 "dtype": manifest.dtype,
                 "adapter_sha256": manifest.adapter_sha256,
+                "skipped": skipped,
                 "bytes": size,
             }
         )
@@ -228,6 +244,8 @@ def _show_version(
         ("size", f"{show.size_text(size)}, {manifest.dtype}"),
         ("SHA-256", manifest.adapter_sha256),
     ]
+    if skipped:
+        facts.append(("left out", ", ".join(skipped)))
     output_console().print(show.facts_table(facts))
 
 

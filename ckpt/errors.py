@@ -5,6 +5,7 @@ standard-library parent so that callers can catch it without importing us::
 
     CkptError
     ├── ConfigError            (ValueError)         a setting that cannot work
+    │   └── NotExportable                           an adapter that no engine would load
     ├── StorageError           (OSError)            the store failed
     │   ├── ObjectNotFound     (FileNotFoundError)
     │   ├── AlreadyExists      (FileExistsError)    exclusive create lost
@@ -42,6 +43,10 @@ class CkptError(Exception):
 
 class ConfigError(CkptError, ValueError):
     """A setting or argument that cannot work."""
+
+
+class NotExportable(ConfigError):
+    """The adapter can be saved and resumed, but is more than engines and exports know."""
 
 
 class StorageError(CkptError, OSError):

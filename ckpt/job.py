@@ -98,7 +98,7 @@ def subject(
     Raises:
         ConfigError: a publish, and nobody said how the adapter is made.
     """
-    export = state.export()
+    export = state.export() if publish else state.export_if_any()
     if publish and export is None:
         msg = (
             "publishing needs to know how the PEFT adapter is made: use apply_lora(), whose "

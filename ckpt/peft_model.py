@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, NotExportable
 from .fqn import walk
 from .peft_config import check_plain, rank_of, scaling_of
 from .types import AdapterExport, TensorRule
@@ -71,9 +71,9 @@ def export_of_peft(
         The export of that adapter; the tensors of the model's other adapters are its ``others``.
 
     Raises:
-        ConfigError: no PEFT model, no such adapter, several active ones, or an adapter that is
-            more than ``scaling * B A`` on linear layers (DoRA, biases, ``modules_to_save``,
-            embeddings, another method than LoRA).
+        ConfigError: no PEFT model, or no such adapter.
+        NotExportable: several adapters are active, or it is more than ``scaling * B A`` on linear
+            layers (DoRA, biases, ``modules_to_save``, embeddings, another method than LoRA).
     """
     peft_model = find_peft_model(model)
     if peft_model is None:
@@ -82,11 +82,14 @@ def export_of_peft(
     name = _chosen(peft_model, adapter)
     config = _config(peft_model, name)
     where = f"adapter {name!r} of the PEFT model"
-    check_plain(config, where)
+    try:
+        check_plain(config, where)
+    except ConfigError as error:
+        raise NotExportable(str(error)) from error
     factors, others = _factors(model, peft_model, name)
     if not factors:
         msg = f"{where} has no {' or '.join(_FACTORS)}: nothing of it can be exported"
-        raise ConfigError(msg)
+        raise NotExportable(msg)
     patterned = any(config.get(k) for k in ("use_rslora", "rank_pattern", "alpha_pattern"))
     if not (patterned if normalise is None else normalise):
         rules = [TensorRule(factor.fqn, factor.key) for factor in factors]
@@ -114,7 +117,7 @@ def _chosen(peft_model: Any, adapter: str | None) -> str:
         active = list(peft_model.active_adapters)
         if len(active) != 1:
             msg = f"{len(active)} adapters are active ({', '.join(active)}); name the one to export"
-            raise ConfigError(msg)
+            raise NotExportable(msg)
         adapter = active[0]
     if adapter not in known:
         msg = f"the PEFT model has no adapter {adapter!r}; it has {', '.join(known)}"
@@ -145,7 +148,7 @@ def _factors(model: nn.Module, peft_model: nn.Module, name: str) -> tuple[list[_
     """The adapter's factors in model order, and what other adapters hold.
 
     Raises:
-        ConfigError: the adapter has parts that are no A or B of a layer.
+        NotExportable: the adapter has parts that are no A or B of a layer.
     """
     root = next(path for path, module in walk(model) if module is peft_model)
     factors: list[_Factor] = []
@@ -167,7 +170,7 @@ def _factors(model: nn.Module, peft_model: nn.Module, name: str) -> tuple[list[_
             f"adapter {name!r} of the PEFT model holds {', '.join(strange[:_SHOWN])}, which is no "
             "A or B of a linear layer; only those are exported"
         )
-        raise ConfigError(msg)
+        raise NotExportable(msg)
     return factors, others
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .errors import ConfigError, StateError
+from .errors import ConfigError, NotExportable, StateError
 from .fqn import TrainableWalk
 from .optim import (
     apply_optimizer,
@@ -127,6 +127,7 @@ class TrainState:
         self.extra: dict[str, Any] = {} if extra is None else _mutable("extra", extra)
         self.per_rank: dict[str, Stateful] = dict(per_rank or {})
         self._export = export
+        self._told = False
         self.base = _base(base)
         stateful: dict[str, Any] = {"scheduler": scheduler, "dataloader": dataloader}
         if isinstance(scheduler, list | tuple):
@@ -152,6 +153,7 @@ class TrainState:
 
         Raises:
             ConfigError: the given or the model's own export is malformed.
+            NotExportable: PEFT's active adapter is more than plain LoRA.
         """
         if self._export is not None:
             return export_of(self._export)
@@ -165,6 +167,20 @@ class TrainState:
         # A model that PEFT wrapped has no such call; which of its adapters is active, it knows.
         wrapped = [model for model in self.models if find_peft_model(model) is not None]
         return export_of_peft(wrapped[0]) if wrapped else None
+
+    def export_if_any(self) -> AdapterExport | None:
+        """As :meth:`export`, and None for an adapter that can be resumed and not exported.
+
+        Raises:
+            ConfigError: the given or the model's own export is malformed.
+        """
+        try:
+            return self.export()
+        except NotExportable as error:
+            if not self._told:
+                logger.warning("steps are saved, but cannot be exported: %s", error)
+            self._told = True
+            return None
 
     def live(self) -> LiveTensors:
         """Walk the models and the optimizers; cheap enough for every save.

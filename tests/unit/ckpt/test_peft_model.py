@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ckpt import CheckpointManager, ConfigError, PlanError, TrainState, export_of_peft
+from ckpt.errors import NotExportable
 from ckpt.manifest import StepManifest
 from ckpt.peft_model import find_peft_model
 from ckpt.types import AdapterExport, TensorRule
@@ -173,11 +174,21 @@ def test_a_named_adapter_is_exported_and_several_active_ones_are_refused() -> No
         ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
     ],
 )
-def test_what_is_more_than_plain_lora_is_refused_by_name(
-    settings: dict[str, Any], named: str
+def test_more_than_plain_lora_is_resumed_and_not_published(
+    settings: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=named):
-        export_of_peft(peft.get_peft_model(llama(), lora(**settings)))
+    model = peft.get_peft_model(llama(), lora(**settings))
+    with pytest.raises(NotExportable, match=named):
+        export_of_peft(model)
+    with CheckpointManager(tmp_path / "run") as manager:
+        with pytest.raises(NotExportable, match=named):
+            manager.save(0, TrainState(model), publish=True)
+        manager.save(0, TrainState(trained(model))).wait()
+        again = peft.get_peft_model(llama(), lora(**settings))
+        assert manager.restore(TrainState(again)) == 0
+    saved = dict(model.named_parameters())
+    live = dict(again.named_parameters())
+    assert all(torch.equal(live[n], saved[n]) for n in live if live[n].requires_grad)
 
 
 def test_a_model_inside_a_bigger_one_keeps_pefts_keys() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,10 @@ class TestTorchtune:
         path = tune_file(tmp_path / "tune", tune_adapter())
         assert "--alpha 16" in ckpt("import", path.parent, tmp_path / "root").stderr
         (path.parent / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
-        assert ckpt("import", path.parent, tmp_path / "root").exit_code == 0
+        (path.parent / "recipe_state.pt").write_bytes(b"")
+        done = ckpt("import", path.parent, tmp_path / "root")
+        assert done.exit_code == 0
+        assert re.search(r"left out\s+recipe_state\.pt", done.stdout)
 
     @pytest.mark.parametrize(
         ("name", "shape"),
@@ -223,6 +227,43 @@ def test_a_step_of_prime_rl_with_a_data_position_missing(tmp_path: Path) -> None
         import_prime_rl(found, str(tmp_path / "root"))
     torch.save({"at": 0}, trainer / "dataloader/rank_0.pt")
     assert import_prime_rl(found, str(tmp_path / "root")).manifest.step == 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("areal", ["--model", "dcp.model", "--optim", "dcp.optim"]),
+        ("torchtitan", ["--model", "", "--skip", "dataloader"]),
+    ],
+)
+def test_whole_checkpoints_of_areal_and_torchtitan(
+    tmp_path: Path, layout: str, options: list[str]
+) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer = adamw(model)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights = get_model_state_dict(model)
+    moments = get_optimizer_state_dict(model, optimizer, options=flat)
+    saved: dict[str, Any] = {"dcp": {"model": weights, "optim": moments}}
+    if layout == "torchtitan":
+        saved = weights | {"optimizer": moments, "train_state": {"step": 7}, "dataloader": {"a": 1}}
+    dcp.save(saved, checkpoint_id=str(tmp_path / "theirs"))
+    done = ckpt("import", tmp_path / "theirs", tmp_path / "root", "--step", 7, *options)
+    assert done.exit_code == 0, done.output
+    again = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    live = torch.optim.AdamW(again.parameters())
+    with CheckpointManager(tmp_path / "root") as manager:
+        assert manager.restore(TrainState(again, live)) == 7
+    assert torch.equal(again[0].weight, model[0].weight)
+    expected = optimizer.state[model[0].weight]["exp_avg"]
+    assert torch.equal(live.state[again[0].weight]["exp_avg"], expected)
 
 
 def test_names_that_are_not_prime_rls(tmp_path: Path) -> None:
