@@ -171,7 +171,29 @@ class ArchonLoRA(_Archon):
                 self._refuse_layouts()
                 names = hf_module_names(self.state_dict_adapter)
                 apply_lora(self.model, self.lora_config, name_map=names)
+        whole = self.model
         super()._setup_parallelism(ac_config, enable_compile)
+        if self.lora_config is not None and getattr(self.parallel_dims, "pp", 1) > 1:
+            from archon_lora.stages import mark_stages
+
+            # Stages are copies of the model, cut; what an export says follows from all of it.
+            mark_stages(whole, self.model_parts)
+            with attempt(self.cpu_group, what="cutting stages", timeout=deadline_of(self)):
+                self._require_adapters()
+
+    def _require_adapters(self) -> None:
+        """Refuse a stage for which AReaL would make an optimizer without parameters.
+
+        Raises:
+            LoRAConfigError: says what to change.
+        """
+        if not self._get_all_parameters():
+            msg = (
+                "this rank's pipeline stages hold no adapted module, and AReaL makes an optimizer "
+                "for each rank: choose target_modules or pp_layers_per_stage so that every rank "
+                "has some"
+            )
+            raise LoRAConfigError(msg)
 
     state_dict_adapter: Any
 
@@ -181,14 +203,14 @@ class ArchonLoRA(_Archon):
         Raises:
             LoRAConfigError: names the dimension.
         """
-        for name, why in (
-            ("tp", "its plan places attention.wq and the like whole and knows no factors"),
-            ("pp", "its stages are copies of the model, adapters included, cut afterwards"),
-        ):
-            size = getattr(self.parallel_dims, name, 1)
-            if size > 1:
-                msg = f"use_lora with {name}={size} is not supported in AReaL's engine: {why}"
-                raise LoRAConfigError(f"{msg}; use data, context or expert parallelism")
+        size = getattr(self.parallel_dims, "tp", 1)
+        if size > 1:
+            msg = (
+                f"use_lora with tp={size} is not supported in AReaL's engine: its plan places "
+                "attention.wq and the like whole and knows no factors; use data, context, expert "
+                "or pipeline parallelism"
+            )
+            raise LoRAConfigError(msg)
 
     def _materialize_and_load_weights(self) -> None:
         if self.lora_config is None:

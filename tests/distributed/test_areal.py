@@ -125,6 +125,18 @@ def test_without_a_root_areals_own_directory_is_used(results: Results) -> None:
     assert live.any()
 
 
+def test_stages_of_a_pipeline_save_one_adapter_for_any_layout(results: Results) -> None:
+    first, second = of(results, "pipeline")
+    assert not set(first["names"]) & set(second["names"])
+    assert sorted([*first["names"], *second["names"]]) == first["whole"]
+    for rank in (first, second):
+        assert rank["resumed"]
+        assert rank["resharded"], "two stages, loaded as two shards"
+    _, tensors = read_adapter(results[0] / "pipeline/peft")
+    assert len(tensors) == len(first["whole"])
+    assert first["loaded"].keys() == tensors.keys(), "the version, too, is of all stages"
+
+
 def test_without_lora_everything_is_areals_own(results: Results) -> None:
     for rank in of(results, "without"):
         assert "areal.update_weights" in rank["calls"]
@@ -140,7 +152,7 @@ def test_without_lora_everything_is_areals_own(results: Results) -> None:
         ("critic", "value head"),
         ("peft", "peft_type must be 'lora'"),
         ("tp", "tp=2 is not supported"),
-        ("pp", "pp=2 is not supported"),
+        ("stage", "hold no adapted module"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_built(

@@ -55,9 +55,11 @@ class Rollout:
             shutil.rmtree(meta.path)
 
 
-def engine_of(model: Path, root: Path | None, **settings: Any) -> Any:
+def engine_of(
+    model: Path, root: Path | None, layout: dict[str, int] | None = None, **settings: Any
+) -> Any:
     """An initialised engine of AReaL's with LoRA before it."""
-    from areal.api import FinetuneSpec
+    from areal.api import FinetuneSpec, ParallelStrategy
     from areal.api.cli_args import TrainEngineConfig
     from areal.experimental.engine.archon_engine import ArchonPPOActor
 
@@ -67,7 +69,7 @@ def engine_of(model: Path, root: Path | None, **settings: Any) -> Any:
         )
 
     engine = LoRAActor(TrainEngineConfig(path=str(model), **(LORA | settings)))
-    engine.create_process_group()
+    engine.create_process_group(ParallelStrategy(**(layout or {})))
     engine.initialize(None, FinetuneSpec(1, 40, 4))
     return engine
 
@@ -213,6 +215,56 @@ def plain_updates(model: Path, root: Path) -> dict[str, Any]:
     }
 
 
+def stage_steps(engine: Any, count: int) -> None:
+    """Updates that need no forward pass: a cut model computes only with its neighbours."""
+    for _ in range(count):
+        parameters = engine._get_all_parameters()
+        sum((p.to_local() - 1).square().sum() for p in parameters).backward()
+        engine.optimizer.step()
+        engine.lr_scheduler.step()
+        engine.optimizer.zero_grad()
+
+
+def pipeline(model: Path, root: Path) -> dict[str, Any]:
+    """Two stages of one model: what each of them saves is the whole adapter."""
+    from areal.api import SaveLoadMeta, WeightUpdateMeta
+
+    cut = {"pipeline_parallel_size": 2}
+    engine = engine_of(model, root / "versions", cut)
+    stage_steps(engine, 2)
+    recover = SaveLoadMeta(str(root / "recover"), "dcp", with_optim=True)
+    engine.save(recover)
+    engine.save(SaveLoadMeta(str(root / "peft"), "hf", False))
+    rollout = Rollout()
+    meta = WeightUpdateMeta("disk", str(root / "weight_update"), use_lora=True, lora_name="lora")
+    engine.connect_engine(rollout, meta)
+    engine.update_weights(meta.with_version(1))
+    saved = {n: p.to_local().clone() for n, p in named_adapter(engine).items()}
+    stage_steps(engine, 1)
+    end = {n: p.to_local().clone() for n, p in named_adapter(engine).items()}
+    again = engine_of(model, None, cut)
+    again.load(recover)
+    stage_steps(again, 1)
+    resumed = {n: p.to_local() for n, p in named_adapter(again).items()}
+    sharded = engine_of(model, None)
+    sharded.load(recover)
+    whole = adapter(sharded)
+    engine.destroy()
+    return {
+        "names": sorted(saved),
+        "resumed": all(torch.equal(resumed[n], end[n]) for n in end),
+        "resharded": all(torch.equal(whole[n], saved[n]) for n in saved),
+        "whole": sorted(whole),
+        "loaded": adapter_at_end(rollout),
+    }
+
+
+def named_adapter(engine: Any) -> dict[str, Any]:
+    from archon_lora import get_adapter_params
+
+    return {n: p for part in engine.model_parts for n, p in get_adapter_params(part).items()}
+
+
 def without_lora(model: Path, root: Path) -> dict[str, Any]:
     """Everything is AReaL's own then."""
     from areal.api import SaveLoadMeta, WeightUpdateMeta
@@ -247,9 +299,12 @@ def refusals(model: Path) -> dict[str, str]:
             LoRAActor(TrainEngineConfig(path=str(model), **(LORA | settings)))
         except ArchonLoraError as error:
             said[name] = str(error)
-    for name in ("tp", "pp"):
-        engine = LoRAActor(TrainEngineConfig(path=str(model), **LORA))
-        field = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}[name]
+    for name, field, targets in (
+        ("tp", "tensor_parallel_size", ["q_proj"]),
+        ("stage", "pipeline_parallel_size", r"model\.layers\.0\..*q_proj"),
+    ):
+        settings = LORA | {"target_modules": targets}
+        engine = LoRAActor(TrainEngineConfig(path=str(model), **settings))
         engine.create_process_group(ParallelStrategy(**{field: 2}))
         try:
             engine.initialize(None, FinetuneSpec(1, 40, 4))
@@ -265,6 +320,7 @@ def everything(rank: int, world: int, model: Path, root: Path) -> dict[str, Any]
         "training": trains_and_resumes(model, root / "training"),
         "updates": updates(model, root / "updates"),
         "plain": plain_updates(model, root / "plain"),
+        "pipeline": pipeline(model, root / "pipeline"),
         "without": without_lora(model, root / "without"),
         "refused": refusals(model),
     }

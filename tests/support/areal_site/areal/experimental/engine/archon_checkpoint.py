@@ -25,9 +25,11 @@ def save_model_to_hf(engine: Any, path: str) -> None:
 
 def load_model_from_hf(engine: Any, path: str) -> None:
     """Asks for what the adapter maps the model's own names to, as AReaL does."""
-    wanted = engine.state_dict_adapter.to_hf(get_model_state_dict(engine.model))
+    held = {n: t for m in engine.model_parts for n, t in get_model_state_dict(m).items()}
+    wanted = engine.state_dict_adapter.to_hf(held)
     stored = load_file(Path(path, "model.safetensors"))
     found = {name: stored[name] for name in wanted}
     options = StateDictOptions(strict=False, full_state_dict=True)
-    set_model_state_dict(engine.model, engine.state_dict_adapter.from_hf(found), options=options)
+    for model in engine.model_parts:
+        set_model_state_dict(model, engine.state_dict_adapter.from_hf(found), options=options)
     dist.barrier(group=engine.cpu_group)

@@ -5,6 +5,7 @@ The model is this project's decoder, whose names are Archon's; the rest is as sm
 
 from __future__ import annotations
 
+import copy
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,8 @@ class ArchonEngine:
             pp=asked.pipeline_parallel_size,
             pp_enabled=asked.pipeline_parallel_size > 1,
         )
-        self._world_mesh = init_device_mesh("cpu", (self.world_size,), mesh_dim_names=("dp",))
+        shape = (self.parallel_dims.pp, self.world_size // self.parallel_dims.pp)
+        self._world_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp"))
 
     @property
     def cpu_group(self) -> dist.ProcessGroup:
@@ -106,11 +108,26 @@ class ArchonEngine:
         return StateDictAdapter(table)
 
     def _setup_parallelism(self, ac_config: Any, enable_compile: bool) -> None:
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        for layer in self.model.layers.values():
-            fully_shard(layer, mesh=self._world_mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=self._world_mesh, mp_policy=policy)
         self.model_parts = [self.model]
+        if self.parallel_dims.pp_enabled:
+            self.model_parts = [self._stage()]
+            del self.model
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for model in self.model_parts:
+            for layer in model.layers.values():
+                fully_shard(layer, mesh=self._world_mesh["dp"], mp_policy=policy)
+            fully_shard(model, mesh=self._world_mesh["dp"], mp_policy=policy)
+
+    def _stage(self) -> nn.Module:
+        """A copy of the model without the layers of other stages."""
+        stage = copy.deepcopy(self.model)
+        number, stages = self._world_mesh["pp"].get_local_rank(), self.parallel_dims.pp
+        names = list(stage.layers)
+        each = len(names) // stages
+        for name in names:
+            if name not in names[number * each : (number + 1) * each]:
+                del stage.layers[name]
+        return stage
 
     def _materialize_and_load_weights(self) -> None:
         for model in self.model_parts:
