@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         optimizer: torch.optim.Optimizer
         lr_scheduler: Any
         rollout_engine: Any
+        spec: Any
 
         def __init__(self, config: Any) -> None: ...
         def destroy(self) -> None: ...
@@ -164,22 +165,47 @@ class ArchonLoRA(_Archon):
         return GuardedNames(adapter, lambda: self._loading)
 
     def _setup_parallelism(self, ac_config: Any, enable_compile: bool) -> None:
-        if self.lora_config is not None:
-            from archon_lora.apply import apply_lora
+        if self.lora_config is None:
+            super()._setup_parallelism(ac_config, enable_compile)
+            return
+        from archon_lora.apply import apply_lora
 
-            with attempt(self.cpu_group, what="applying LoRA", timeout=deadline_of(self)):
-                self._refuse_layouts()
-                names = hf_module_names(self.state_dict_adapter)
-                apply_lora(self.model, self.lora_config, name_map=names)
+        with attempt(self.cpu_group, what="applying LoRA", timeout=deadline_of(self)):
+            names = hf_module_names(self.state_dict_adapter)
+            apply_lora(self.model, self.lora_config, name_map=names)
         whole = self.model
-        super()._setup_parallelism(ac_config, enable_compile)
-        if self.lora_config is not None and getattr(self.parallel_dims, "pp", 1) > 1:
+        self._parallelise(ac_config, enable_compile)
+        if getattr(self.parallel_dims, "pp", 1) > 1:
             from archon_lora.stages import mark_stages
 
             # Stages are copies of the model, cut; what an export says follows from all of it.
             mark_stages(whole, self.model_parts)
-            with attempt(self.cpu_group, what="cutting stages", timeout=deadline_of(self)):
-                self._require_adapters()
+        with attempt(self.cpu_group, what="placing the adapter", timeout=deadline_of(self)):
+            self._check_placed()
+
+    def _parallelise(self, ac_config: Any, enable_compile: bool) -> None:
+        """AReaL's own step; with tensor parallelism its plan learns of factors first."""
+        if getattr(self.parallel_dims, "tp", 1) == 1:
+            super()._setup_parallelism(ac_config, enable_compile)
+            return
+        from .areal_tensor_parallel import factors_in_plans
+
+        with factors_in_plans(self.spec.parallelize_fn):
+            super()._setup_parallelism(ac_config, enable_compile)
+
+    def _check_placed(self) -> None:
+        """Refuse an adapter that AReaL's layout leaves without an owner.
+
+        Raises:
+            LoRAConfigError: says what to change.
+        """
+        self._require_adapters()
+        if getattr(self.parallel_dims, "tp", 1) > 1:
+            from .areal_tensor_parallel import check_split, freeze_base
+
+            for part in self.model_parts:
+                freeze_base(part)
+                check_split(part)
 
     def _require_adapters(self) -> None:
         """Refuse a stage for which AReaL would make an optimizer without parameters.
@@ -196,21 +222,6 @@ class ArchonLoRA(_Archon):
             raise LoRAConfigError(msg)
 
     state_dict_adapter: Any
-
-    def _refuse_layouts(self) -> None:
-        """Refuse what AReaL's plans cannot place.
-
-        Raises:
-            LoRAConfigError: names the dimension.
-        """
-        size = getattr(self.parallel_dims, "tp", 1)
-        if size > 1:
-            msg = (
-                f"use_lora with tp={size} is not supported in AReaL's engine: its plan places "
-                "attention.wq and the like whole and knows no factors; use data, context, expert "
-                "or pipeline parallelism"
-            )
-            raise LoRAConfigError(msg)
 
     def _materialize_and_load_weights(self) -> None:
         if self.lora_config is None:

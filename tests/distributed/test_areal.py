@@ -137,6 +137,30 @@ def test_stages_of_a_pipeline_save_one_adapter_for_any_layout(results: Results) 
     assert first["loaded"].keys() == tensors.keys(), "the version, too, is of all stages"
 
 
+def test_tensor_parallel_ranks_train_what_one_rank_trains(results: Results) -> None:
+    for rank in of(results, "tensor"):
+        for (loss, norm), (want_loss, want_norm) in zip(
+            rank["trained"], rank["expected"], strict=True
+        ):
+            assert loss == pytest.approx(want_loss, abs=2e-6)
+            assert norm == pytest.approx(want_norm, rel=1e-4)
+        assert rank["worst"] < 1e-4 < rank["moved"]
+        assert rank["resumed"][0] == rank["resumed"][1]
+        assert rank["resharded"]
+        assert rank["restored_style"], "torch's styles are AReaL's again"
+        assert rank["trains"] == 2 * 7 * 2, "torch's own styles make norms trainable"
+    assert read_adapter(results[0] / "tensor/peft")[0]["r"] == 3
+
+
+def test_factors_lie_beside_what_their_base_splits(results: Results) -> None:
+    placements = of(results, "tensor")[0]["placements"]
+    column, row = "layers.0.attention.wq", "layers.0.attention.wo"
+    assert placements[f"{column}.lora_a.weight"].endswith("Replicate())")
+    assert "Shard(dim=0))" in placements[f"{column}.lora_b.weight"]
+    assert placements[f"{row}.lora_a.weight"].endswith("Shard(dim=1))")
+    assert placements[f"{row}.lora_b.weight"].endswith("Replicate())")
+
+
 def test_without_lora_everything_is_areals_own(results: Results) -> None:
     for rank in of(results, "without"):
         assert "areal.update_weights" in rank["calls"]
@@ -151,7 +175,6 @@ def test_without_lora_everything_is_areals_own(results: Results) -> None:
     [
         ("critic", "value head"),
         ("peft", "peft_type must be 'lora'"),
-        ("tp", "tp=2 is not supported"),
         ("stage", "hold no adapted module"),
     ],
 )

@@ -6,6 +6,7 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -259,6 +260,79 @@ def pipeline(model: Path, root: Path) -> dict[str, Any]:
     }
 
 
+def tensor_parallel(root: Path) -> dict[str, Any]:
+    """Two ranks that hold the halves of each layer, beside one that holds all of it."""
+    from areal.api import SaveLoadMeta
+    from areal.experimental.models.archon import small
+    from safetensors.torch import save_file
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    from archon_lora import LoRAConfig, apply_lora, get_adapter_params
+    from archon_lora.engine.areal_names import hf_module_names
+
+    model = root / "small"
+    if dist.get_rank() == 0:
+        model.mkdir(parents=True)
+        save_file(small.random_weights(), model / "model.safetensors")
+        (model / "config.json").write_text('{"model_type": "small"}')
+    dist.barrier()
+    split = {"tensor_parallel_size": 2}
+    settings = {"target_modules": ["all-linear"]}
+    engine = engine_of(model, None, split, **settings)
+    batches = [
+        torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(s)) for s in range(4)
+    ]
+
+    def train_on(engine: Any, ids: torch.Tensor) -> tuple[float, float]:
+        losses: list[float] = []
+
+        def loss_fn(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            losses.append(-logprobs.mean().item())
+            return -logprobs.mean()
+
+        stats = engine.train_batch({"input_ids": ids}, loss_fn, lambda part: 1)
+        return losses[0], stats["grad_norm"]
+
+    trained = [train_on(engine, ids) for ids in batches[:3]]
+    recover = SaveLoadMeta(str(root / "recover"), "dcp", with_optim=True)
+    engine.save(recover)
+    engine.save(SaveLoadMeta(str(root / "peft"), "hf", False))
+    whole = adapter(engine)
+    went_on = train_on(engine, batches[3])
+    again = engine_of(model, None, split, **settings)
+    again.load(recover)
+    resumed = train_on(again, batches[3])
+    sharded = engine_of(model, None, **settings)
+    sharded.load(recover)
+    resharded = adapter(sharded)
+
+    reference = small.Small(small.SmallArgs())
+    names = engine_of(model, None, **settings).state_dict_adapter
+    reference.load_state_dict(names.from_hf(small.random_weights()))
+    config = LoRAConfig(rank=3, alpha=6, target_modules="all-linear")
+    apply_lora(reference, config, name_map=hf_module_names(names))
+    alone = engine_of(model, None, **settings)
+    alone.model_parts, alone.model = [reference], reference
+    alone._create_optimizer(SimpleNamespace(total_train_steps=10))
+    expected = [train_on(alone, ids) for ids in batches[:3]]
+    params = get_adapter_params(reference)
+    return {
+        "trained": trained,
+        "expected": expected,
+        "worst": max(float((whole[n] - p.detach()).abs().max()) for n, p in params.items()),
+        "moved": max(float(p.detach().abs().max()) for n, p in params.items() if "lora_b" in n),
+        "resumed": (resumed, went_on),
+        "resharded": all(torch.equal(resharded[n], whole[n]) for n in whole),
+        "restored_style": small.ColwiseParallel is ColwiseParallel,
+        "trains": sum(p.requires_grad for p in engine.model.parameters()),
+        "placements": {
+            name: str(parameter.placements)
+            for name, parameter in named_adapter(engine).items()
+            if name.startswith("layers.0.")
+        },
+    }
+
+
 def named_adapter(engine: Any) -> dict[str, Any]:
     from archon_lora import get_adapter_params
 
@@ -300,7 +374,6 @@ def refusals(model: Path) -> dict[str, str]:
         except ArchonLoraError as error:
             said[name] = str(error)
     for name, field, targets in (
-        ("tp", "tensor_parallel_size", ["q_proj"]),
         ("stage", "pipeline_parallel_size", r"model\.layers\.0\..*q_proj"),
     ):
         settings = LORA | {"target_modules": targets}
@@ -320,6 +393,7 @@ def everything(rank: int, world: int, model: Path, root: Path) -> dict[str, Any]
         "training": trains_and_resumes(model, root / "training"),
         "updates": updates(model, root / "updates"),
         "plain": plain_updates(model, root / "plain"),
+        "tensor": tensor_parallel(root / "tensor"),
         "pipeline": pipeline(model, root / "pipeline"),
         "without": without_lora(model, root / "without"),
         "refused": refusals(model),

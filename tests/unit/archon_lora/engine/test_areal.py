@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from support.fake_engine import FakeEngine
 from support.probed_versions import publish_for
 
-from archon_lora import LoRAConfig
+from archon_lora import LoRAConfig, apply_lora
 from archon_lora.engine.areal import HandOver
 from archon_lora.engine.areal_names import GuardedNames, hf_module_names
+from archon_lora.engine.areal_tensor_parallel import check_split, factors_in_plans
 from archon_lora.engine.areal_update import LeasedVersions, _prove
 from archon_lora.errors import LoRAConfigError, UnmappedName
 from archon_lora.targets import match_targets
@@ -126,6 +128,16 @@ def test_a_replica_proves_what_it_serves_under_areals_name(tmp_path: Path) -> No
         with pytest.raises(ProofError):
             _prove("vllm", address, other, wrong, "lora-v2")
         driver.close()
+
+
+def test_a_plan_that_is_not_known_and_a_layer_that_it_leaves_whole_are_refused() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})})
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    with pytest.raises(LoRAConfigError, match=r"does not split 'a\.q_proj'"):
+        check_split(model)
+    with pytest.raises(LoRAConfigError, match="no module of json has torch's"):  # noqa: SIM117
+        with factors_in_plans(json.loads):
+            pass
 
 
 def test_areal_is_not_needed_to_import_the_plug_in() -> None:

@@ -22,6 +22,17 @@ from archon_lora.models import get_model_spec
 from archon_lora.models.hf_files import read_config
 from areal.api import ParallelStrategy
 from areal.experimental.engine.archon_checkpoint import load_model_from_hf, save_model_to_hf
+from areal.experimental.models.archon import small
+
+
+def _spec(model_type: str) -> Any:
+    if model_type != "small":
+        return get_model_spec(model_type)
+    return SimpleNamespace(
+        config_cls=small.SmallArgs,
+        model_cls=small.Small,
+        parallelize_fn=small.parallelize_small,
+    )
 
 
 class StateDictAdapter:
@@ -58,7 +69,7 @@ class ArchonEngine:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.model_config = read_config(Path(config.path))
-        self.spec = get_model_spec(self.model_config["model_type"])
+        self.spec = _spec(self.model_config["model_type"])
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self.lr_scheduler: Any
@@ -80,8 +91,9 @@ class ArchonEngine:
             pp=asked.pipeline_parallel_size,
             pp_enabled=asked.pipeline_parallel_size > 1,
         )
-        shape = (self.parallel_dims.pp, self.world_size // self.parallel_dims.pp)
-        self._world_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp"))
+        pp, tp = self.parallel_dims.pp, self.parallel_dims.tp
+        shape = (pp, self.world_size // (pp * tp), tp)
+        self._world_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp", "tp"))
 
     @property
     def cpu_group(self) -> dist.ProcessGroup:
@@ -103,6 +115,8 @@ class ArchonEngine:
         self.model = model.to(getattr(torch, self.config.dtype))
 
     def _create_state_dict_adapter(self) -> Any:
+        if isinstance(self._args, small.SmallArgs):
+            return StateDictAdapter(small.TABLE)
         ours = self.spec.state_dict_adapter_cls(self._args)
         table = {n: hf for n, hf in ours.to_hf_map.items() if "lora_" not in n}
         return StateDictAdapter(table)
@@ -114,6 +128,8 @@ class ArchonEngine:
             del self.model
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for model in self.model_parts:
+            if self.parallel_dims.tp > 1:
+                self.spec.parallelize_fn(model, self._world_mesh["tp"])
             for layer in model.layers.values():
                 fully_shard(layer, mesh=self._world_mesh["dp"], mp_policy=policy)
             fully_shard(model, mesh=self._world_mesh["dp"], mp_policy=policy)
