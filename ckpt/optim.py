@@ -22,6 +22,13 @@ _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"}
 """Group options that choose a kernel, not a result: the live choice stays."""
 
 
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer below wrappers: its state and its class's name are what a checkpoint keeps."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def parameter_names(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from .fqn import TrainableWalk
 from .optim import (
     apply_optimizer,
     group_problem,
+    innermost,
     optimizer_tensors,
     optimizer_values,
     parameter_names,
@@ -121,14 +122,14 @@ class TrainState:
             (model,) if isinstance(model, nn.Module) else tuple(model)
         )
         self._walks = tuple(map(TrainableWalk, self.models))
-        self.optimizers = tuple(_innermost(each) for each in _several(optimizer))
+        self.optimizers = tuple(innermost(each) for each in _several(optimizer))
         self.schedulers: tuple[Stateful, ...] = _several(scheduler)
         self.dataloader = dataloader
         self.extra: dict[str, Any] = {} if extra is None else _mutable("extra", extra)
         self.per_rank: dict[str, Stateful] = dict(per_rank or {})
         self._export = export
         self._told = False
-        self.base = _base(base)
+        self.base = None if base is None else BaseIdentity.of(base)
         stateful: dict[str, Any] = {"scheduler": scheduler, "dataloader": dataloader}
         if isinstance(scheduler, list | tuple):
             del stateful["scheduler"]
@@ -367,28 +368,11 @@ def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> N
     tensors[key] = tensor
 
 
-def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer below wrappers: its state and its class's name are what a checkpoint keeps."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 def _mutable(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         msg = f"{name} must be a dict (a restore updates it in place), got {type(value).__name__}"
         raise ConfigError(msg)
     return value
-
-
-def _base(base: BaseIdentity | Mapping[str, Any] | None) -> BaseIdentity | None:
-    if base is None or isinstance(base, BaseIdentity):
-        return base
-    try:
-        return BaseIdentity(name=str(base["name"]), config_hash=str(base["config_hash"]))
-    except (KeyError, TypeError) as error:
-        msg = f"base must be a BaseIdentity or have 'name' and 'config_hash', got {base!r}"
-        raise ConfigError(msg) from error
 
 
 def export_of(export: AdapterExport | Mapping[str, Any]) -> AdapterExport:

@@ -79,6 +79,23 @@ class BaseIdentity:
     name: str
     config_hash: str
 
+    @classmethod
+    def of(cls, value: BaseIdentity | Mapping[str, Any]) -> BaseIdentity:
+        """An identity as a record, whichever way it was given.
+
+        Raises:
+            ConfigError: a mapping without the two fields.
+        """
+        from .errors import ConfigError
+
+        if isinstance(value, BaseIdentity):
+            return value
+        try:
+            return cls(name=str(value["name"]), config_hash=str(value["config_hash"]))
+        except (KeyError, TypeError) as error:
+            msg = f"base must be a BaseIdentity or have 'name' and 'config_hash', got {value!r}"
+            raise ConfigError(msg) from error
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
