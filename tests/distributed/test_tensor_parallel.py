@@ -27,6 +27,7 @@ FULL = os.environ.get("ARCHON_LAYOUTS") == "full"
 
 DEADLINE = 600.0 if FULL else 120.0
 RECOMPUTED = {"activation_checkpointing": True}
+COMPILED = {"compile": True, "compile_backend": "aot_eager"}
 
 
 def adapter(rank: int, *targets: str) -> LoRAConfig:
@@ -80,10 +81,13 @@ def layout_cases(folder: Path) -> dict[str, Case]:
     sizes = {"heads": 4, "kv_heads": 4}
     untied = tiny_model(folder / "untied", layers=3, **sizes)
     tied = tiny_model(folder / "tied", tie=True, **sizes)
+    # Thirteen inputs on each of two tp ranks, which two shards cannot divide.
+    odd = tiny_model(folder / "odd", intermediate=26, **sizes)
     sample = {
         # Several layers and steps with recomputation: where others deadlock.
         "fsdp x tp, r=3": Case(untied, LAYOUTS["fsdp x tp"], adapter(3), RECOMPUTED, steps=4),
-        "fsdp x sp, r=1": Case(untied, LAYOUTS["fsdp x sp"], adapter(1), RECOMPUTED),
+        "fsdp x sp, r=1": Case(odd, LAYOUTS["fsdp x sp"], adapter(1), RECOMPUTED),
+        "compiled": Case(untied, LAYOUTS["fsdp x sp"], adapter(2), COMPILED),
         "hsdp, r=1": Case(untied, LAYOUTS["hsdp"], adapter(1)),
         "hsdp x sp, whole": Case(tied, LAYOUTS["hsdp x sp"], None, RECOMPUTED),
         "tp 4, head": Case(untied, LAYOUTS["tp 4"], adapter(2, "lm_head", "o_proj", "v_proj")),
