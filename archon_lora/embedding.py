@@ -98,6 +98,10 @@ class LoRAEmbedding(nn.Embedding):
         """The default adapter."""
         return (DEFAULT_ADAPTER,)
 
+    def split_factors(self) -> list[tuple[str, str]]:
+        """Names of A and B, for a style that splits the table over ranks."""
+        return [EMBEDDING_FACTORS]
+
     def reset_adapter(self) -> None:
         """Write the initial values: A zero, B drawn from (seed, name).
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.nn import functional
 
 from .errors import ParallelConfigError
 from .layouts import (
@@ -34,7 +33,7 @@ from .placement import local_slice
 
 @runtime_checkable
 class SplitsFactors(Protocol):
-    """A linear layer with adapters that can lie beside a split base."""
+    """A layer with adapters that can lie beside a split base."""
 
     def split_factors(self) -> list[tuple[str, str]]:
         """Local names of A and B of every adapter here.
@@ -222,6 +221,8 @@ class RowParallel(LocalStyle):
 class VocabularyParallel(LocalStyle):
     """An embedding whose rows are split: each rank looks up its own, and the results are summed.
 
+    Of an adapter, A is split like the rows and B is whole.
+
     Args:
         output_layout: whole, or by sequence.
     """
@@ -232,16 +233,17 @@ class VocabularyParallel(LocalStyle):
 
     def parts(self, module: nn.Module) -> dict[str, _Part]:
         """The rows."""
-        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            msg = f"VocabularyParallel is for a plain nn.Embedding, got {type(module).__name__}"
-            raise ParallelConfigError(msg)
-        if hasattr(module, "adapter_params"):
+        special = (getattr(module, name, None) for name in ("padding_idx", "max_norm"))
+        if not isinstance(module, nn.Embedding) or any(value is not None for value in special):
             msg = (
-                "an embedding with an adapter cannot be split by rows: leave it out of "
-                "target_modules, or set tp=1"
+                "VocabularyParallel is for an nn.Embedding without padding_idx and max_norm, got "
+                f"{module!r}"
             )
             raise ParallelConfigError(msg)
-        return {"weight": _Part(Shard(0), Shard(0))}
+        parts = {"weight": _Part(Shard(0), Shard(0))}
+        for a, b in _factors(module):
+            parts |= {a: _Part(Shard(1), Shard(1)), b: _Part(WHOLE, Partial())}
+        return parts
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, device_mesh)
@@ -250,12 +252,14 @@ class VocabularyParallel(LocalStyle):
 
     def compute(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Embeddings of the tokens whose rows lie here, zero for the others."""
-        weight = module.get_parameter("weight")
+        if self.rows.start == self.rows.stop:
+            # Of the parameters, so that their gradients exist and every rank joins what follows.
+            nothing = torch.stack([p.sum() for p in module.parameters()]).sum() * 0.0
+            weight = module.get_parameter("weight")
+            return weight.new_zeros(*x.shape, weight.shape[1]) + nothing
         elsewhere = (x < self.rows.start) | (x >= self.rows.stop)
-        if weight.shape[0] == 0:
-            # Of the weight, so that its gradient exists and every rank joins what follows.
-            return weight.new_zeros(*x.shape, weight.shape[1]) + weight.sum()
-        found = functional.embedding((x - self.rows.start).masked_fill(elsewhere, 0), weight)
+        inside = (x - self.rows.start).masked_fill(elsewhere, 0)
+        found = super().compute(module, inside, *args, **kwargs)
         return found.masked_fill(elsewhere[..., None], 0.0)
 
     def leave(self, module: nn.Module, y: Tensor) -> Tensor:

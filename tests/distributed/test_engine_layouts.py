@@ -179,6 +179,18 @@ def test_layouts_that_do_not_fit(ranks: list[dict[str, Any]]) -> None:
         assert "ep=2, but the model has no experts" in said["ep"]
 
 
+def test_a_warm_start_and_its_reference_lie_on_split_layers(ranks: list[dict[str, Any]]) -> None:
+    rank, saver, _ = CHOSEN[FULL * len(LAYOUTS)]
+    saved = ranks[0]["jobs"][name_of(rank, saver, saver)]
+    for result in ranks:
+        started = result["started"]
+        for name, value in saved["weights"].items():
+            assert torch.equal(started["weights"][name], value), name
+        assert torch.equal(started["reference"], started["begun"])
+        torch.testing.assert_close(started["begun"], saved["logprobs"], rtol=0, atol=5e-6)
+        assert not torch.allclose(started["policy"], started["begun"], atol=1e-3)
+
+
 def test_a_run_is_the_same_on_any_layout_and_goes_on_from_any(
     ranks: list[dict[str, Any]], root: Path
 ) -> None:

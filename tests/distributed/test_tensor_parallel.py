@@ -87,6 +87,7 @@ def layout_cases(folder: Path) -> dict[str, Case]:
         # Several layers and steps with recomputation: where others deadlock.
         "fsdp x tp, r=3": Case(untied, LAYOUTS["fsdp x tp"], adapter(3), RECOMPUTED, steps=4),
         "fsdp x sp, r=1": Case(odd, LAYOUTS["fsdp x sp"], adapter(1), RECOMPUTED),
+        "embedding": Case(untied, LAYOUTS["sp 4"], adapter(3, "embed_tokens", "k_proj", "up_proj")),
         "compiled": Case(untied, LAYOUTS["fsdp x sp"], adapter(2), COMPILED),
         "hsdp, r=1": Case(untied, LAYOUTS["hsdp"], adapter(1)),
         "hsdp x sp, whole": Case(tied, LAYOUTS["hsdp x sp"], None, RECOMPUTED),
@@ -167,6 +168,8 @@ def test_styles_need_no_fsdp(ranks: list[dict[str, Any]]) -> None:
             assert close(found["y"], alone["y"])
             assert close(found["x"], alone["x"])
             assert close(found["norm"], alone["norm"])
+            # Base and adapter are summed together, and the factors that are whole each once.
+            assert found["collectives"] == {"forward": 1, "backward": 1 + 2}
             assert found["partial"] == []
             assert found["state"] == list(ranks_tp.net(1).state_dict())
             assert [kind.__name__ for kind in found["types"]] == ["DTensor"]

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from archon_lora.config import LoRAConfig
-from archon_lora.engine import ArchonEngine, OptimizerConfig, SaveLoadMeta, save_lora_adapter
+from archon_lora.engine import (
+    ArchonEngine,
+    OptimizerConfig,
+    SaveLoadMeta,
+    save_lora_adapter,
+    warm_start,
+)
 from archon_lora.models.parallel_dims import ParallelDims
 from archon_lora.rl.build import build_engine, build_manager
 from archon_lora.rl.config import TrainConfig, load_config
@@ -117,9 +123,28 @@ def reinforce(config: TrainConfig) -> None:
         engine.close()
 
 
+def started(rank: int, world: int, path: str, adapter: str) -> dict[str, Any]:
+    """A policy that begins with an adapter, and is held against it, on split layers."""
+    dims = ParallelDims(tp=2, sequence_parallel=True)
+    lora = LoRAConfig(rank=1, alpha=2.0)
+    with make_engine(path, lora=lora, parallel=dims, reference="warm-start") as engine:
+        warm_start(engine, adapter, any_base=True)
+        weights = weights_of(engine, trainable=True)
+        begun = engine.logprobs(batch_of(2), reference=True)
+        train(engine, 2)
+        return {
+            "weights": weights,
+            "policy": engine.logprobs(batch_of(2)),
+            "begun": begun,
+            "reference": engine.logprobs(batch_of(2), reference=True),
+        }
+
+
 def several(
     rank: int, world: int, path: str, todo: dict[str, Job], config: str, overrides: list[str]
 ) -> dict[str, Any]:
     found = {"jobs": jobs(rank, world, todo), "misfits": misfits(rank, world, path)}
+    first = next(job for job in todo.values() if job.lora is not None)
+    found["started"] = started(rank, world, first.path, f"{first.out}/adapter")
     reinforce(load_config(Path(config), overrides))
     return found

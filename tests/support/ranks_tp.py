@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
 from archon_lora import LoRAConfig, apply_lora, initialise_adapters
@@ -188,13 +189,19 @@ def net_step(model: nn.Module) -> dict[str, Any]:
     x = torch.randn(2, 6, 12, requires_grad=True)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(params.values(), lr=1.0)
-    y = model(x)
-    y.square().mean().backward()
+    with CommDebugMode() as forward:
+        y = model(x)
+    with CommDebugMode() as backward:
+        y.square().mean().backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in params.values()])
     found = {
         "y": y.detach(),
         "x": x.grad,
         "norm": whole(norm),
+        "collectives": {
+            "forward": forward.get_total_counts(),
+            "backward": backward.get_total_counts(),
+        },
         "grads": {n: whole(p.grad) for n, p in params.items()},
         "partial": [
             n
