@@ -84,10 +84,13 @@ def test_a_is_split_over_the_rows_of_the_table_where_that_is_even() -> None:
     assert adapter_shard_placement(net, shards=4)(layer.lora_embedding_b) is None
 
 
-def test_tensor_parallelism_refuses_it() -> None:
+def test_a_table_with_a_padding_row_is_not_split_over_ranks() -> None:
     _, layer = adapted()
-    with pytest.raises(ParallelConfigError, match="an embedding with an adapter cannot be split"):
+    assert layer.padding_idx is not None
+    with pytest.raises(ParallelConfigError, match="without padding_idx and max_norm, got LoRAEmb"):
         VocabularyParallel().parts(layer)
+    layer.padding_idx = None
+    assert VocabularyParallel().parts(layer).keys() == {n for n, _ in layer.named_parameters()}
 
 
 def test_the_grammar_of_keys_knows_embeddings() -> None:
