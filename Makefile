@@ -69,8 +69,9 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 	  tests/compat/test_rl_engines.py $(PYTEST_ARGS)
 
 layouts: $(STAMP) ## every layout of ranks against every other (make test takes a sample; about 15 minutes)
-	ARCHON_LAYOUTS=full $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
-	  tests/distributed/test_tensor_parallel.py tests/distributed/test_engine_layouts.py $(PYTEST_ARGS)
+	ARCHON_LAYOUTS=full $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 \
+	  tests/distributed/test_tensor_parallel.py tests/distributed/test_engine_layouts.py \
+	  tests/distributed/test_layouts.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout 1800 \

@@ -109,7 +109,7 @@ def results(root: Path) -> dict[str, list[Any]]:
             both = _name(model, saver, loader)
             world, dims = LAYOUTS[model][loader]
             loaders[world][both] = Job(paths[model], dims, str(root / name), str(root / both))
-    deadline = 1500.0 if FULL else 200.0
+    deadline = 1800.0 if FULL else 200.0
     for jobs in (savers, loaders):
         found |= {name: [ranks_matrix.work(job)] for name, job in jobs[1].items()}
         two = run_ranks(2, ranks_matrix.works, jobs[2], timeout=deadline)
