@@ -17,12 +17,13 @@ from .errors import TargetError
 from .factors import reset_factors
 from .merge import merge_factors, whole_tensor
 from .names import DEFAULT_ADAPTER
+from .switch import AdapterSwitch
 
 EMBEDDING_FACTORS: Final = ("lora_embedding_a", "lora_embedding_b")
 """Names of the parameters A and B."""
 
 
-class LoRAEmbedding(nn.Embedding):
+class LoRAEmbedding(AdapterSwitch, nn.Embedding):
     """``W[x] + scaling * A^T[x] B^T``, as PEFT has it.
 
     The base weight keeps its name and is frozen. A starts at zero and B with random values, the
@@ -35,7 +36,6 @@ class LoRAEmbedding(nn.Embedding):
         rank: inner dimension.
         alpha: numerator of the scaling.
         scaling: the factor on the update.
-        disabled: whether forward computes the base alone.
         fqn: canonical name of this module in the model; seeds the initial values.
         seed: with the name, the seed of B.
     """
@@ -65,7 +65,6 @@ class LoRAEmbedding(nn.Embedding):
         self.scaling = config.scaling_for(hf)
         self.fqn = fqn
         self.seed = config.seed
-        self.disabled = False
         where, dtype = base.weight.device, config.adapter_dtype
         a = torch.empty(self.rank, self.num_embeddings, device=where, dtype=dtype)
         b = torch.empty(self.embedding_dim, self.rank, device=where, dtype=dtype)
@@ -77,7 +76,7 @@ class LoRAEmbedding(nn.Embedding):
     def forward(self, ids_X: Tensor) -> Tensor:
         """Map token ids ``(...)`` to ``(..., embedding_dim)``."""
         base_XD = super().forward(ids_X)
-        if self.disabled:
+        if self._alone:
             return base_XD
         rows_XR = F.embedding(
             ids_X,
@@ -97,6 +96,10 @@ class LoRAEmbedding(nn.Embedding):
     def adapter_names(self) -> tuple[str, ...]:
         """The default adapter."""
         return (DEFAULT_ADAPTER,)
+
+    def params_of(self, name: str) -> list[str]:
+        """The same for the default adapter; it is the only one."""
+        return self.adapter_params() if name == DEFAULT_ADAPTER else []
 
     def split_factors(self) -> list[tuple[str, str]]:
         """Names of A and B, for a style that splits the table over ranks."""
@@ -121,18 +124,10 @@ class LoRAEmbedding(nn.Embedding):
         a, b = (whole_tensor(t) for t in (self.lora_embedding_a, self.lora_embedding_b))
         return merge_factors(self.weight, b.T, a.T, self.scaling)
 
-    def enable(self) -> None:
-        """Let forward add the update."""
-        self.disabled = False
-
-    def disable(self) -> None:
-        """Let forward look up in the base alone."""
-        self.disabled = True
-
     def extra_repr(self) -> str:
         """The settings that a reader of ``print(model)`` looks for."""
-        state = ", disabled" if self.disabled else ""
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}{state}"
+        settings = f"rank={self.rank}, alpha={self.alpha:g}"
+        return f"{super().extra_repr()}, {settings}{self._switched()}"
 
 
 def check_embedding(module: nn.Embedding, name: str) -> nn.Embedding:

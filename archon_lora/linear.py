@@ -17,9 +17,10 @@ from .errors import LoRAConfigError, NoAdapterError
 from .factors import LoRAFactor, LoRAPair, LoRAPairs, reset_factors
 from .merge import merge_factors
 from .names import DEFAULT_ADAPTER
+from .switch import AdapterSwitch
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(AdapterSwitch, nn.Linear):
     """``y = x W^T + b + scaling * dropout(x) A^T B^T``, after torchtune's LoRALinear.
 
     The base weight keeps its name (``<module>.weight``). The children are spelled ``lora_a`` and
@@ -103,9 +104,6 @@ class LoRALinear(nn.Linear):
         self.init = init
         self.fqn = fqn
         self.seed = seed
-        self._disabled = False
-        self._active = DEFAULT_ADAPTER
-        self._alone = False
         self.dropout = nn.Dropout(dropout)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -334,41 +332,9 @@ class LoRALinear(nn.Linear):
         weight = dense_weight(self.weight, shape, opaque=self.opaque_base, name=self.fqn)
         return merge_factors(weight, chosen.lora_a.weight, chosen.lora_b.weight, chosen.scaling)
 
-    @property
-    def disabled(self) -> bool:
-        """Whether forward computes the base layer alone, whatever adapter is active."""
-        return self._disabled
-
-    @property
-    def active(self) -> str:
-        """The adapter that forward uses unless disabled; the base alone if it is not here."""
-        return self._active
-
-    def enable(self) -> None:
-        """Let forward add the active adapter's update."""
-        self._disabled = False
-        self._settle()
-
-    def disable(self) -> None:
-        """Let forward compute the base layer alone."""
-        self._disabled = True
-        self._settle()
-
-    def activate(self, name: str) -> None:
-        """Let forward use this adapter, or the base alone if it is not here; does not enable."""
-        self._active = name
-        self._settle()
-
-    def _settle(self) -> None:
-        """Work out what forward does: one test there, whatever led to it."""
-        self._alone = self._disabled or self._active not in self.adapter_names()
-
     def extra_repr(self) -> str:
         """The settings that a reader of ``print(model)`` looks for."""
-        state = ", disabled" if self.disabled else ""
-        if self._active != DEFAULT_ADAPTER:
-            state += f", active={self._active!r}"
         return (
             f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, "
-            f"scaling={self.scaling:g}, dropout={self.dropout.p:g}{state}"
+            f"scaling={self.scaling:g}, dropout={self.dropout.p:g}{self._switched()}"
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from archon_lora.adapters import add_adapter, copy_adapter
 from archon_lora.config import LoRAConfig
-from archon_lora.errors import EngineNotReady
+from archon_lora.errors import EngineNotReady, TargetError
 from archon_lora.mode import adapter_mode
 from archon_lora.names import DEFAULT_ADAPTER, REFERENCE_ADAPTER
 from archon_lora.protocol import adapter_modules
@@ -24,8 +24,17 @@ KEPT: Final = "reference_kept"
 
 
 def add_reference(model: nn.Module, config: LoRAConfig) -> None:
-    """Make room for a frozen copy of the policy's adapter; before sharding."""
-    add_adapter(model, REFERENCE_ADAPTER, dataclasses.replace(config, dropout=0.0), trainable=False)
+    """Make room for a frozen copy of the policy's adapter; before sharding.
+
+    Raises:
+        TargetError: the adapter has parts that cannot be held twice.
+    """
+    frozen = dataclasses.replace(config, dropout=0.0)
+    try:
+        add_adapter(model, REFERENCE_ADAPTER, frozen, trainable=False)
+    except TargetError as error:
+        msg = f"no room for a reference of its own (reference='base' needs none): {error}"
+        raise TargetError(msg) from error
 
 
 def keep_reference(engine: ArchonEngine) -> None:
