@@ -128,7 +128,7 @@ def shard_experts(
         )
         raise ParallelConfigError(msg)
     found = [module for block in blocks for module in block.modules() if isinstance(module, MoE)]
-    if not found:
+    if not found and layout.pp is None:  # a pipeline stage may have none
         raise ParallelConfigError(f"ep={dims.ep}, but the model has no experts; set ep to 1")
     for moe in found:
         if moe.total % mesh.size():

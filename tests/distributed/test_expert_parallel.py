@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import ranks_moe
 from support.moe import EXPERTS, Run, write_moe
 from support.spawn import run_ranks
@@ -96,3 +97,26 @@ def test_a_checkpoint_moves_between_layouts_bit_for_bit(directory, tmp_path):
         consolidate(root, step, out)
         exported.add(hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest())
     assert len(exported) == 1
+
+
+def test_the_engine_trains_experts_under_every_layout(directory, tmp_path):
+    """Expert, tensor and pipeline parallelism; with the latter two experts are whole on a rank."""
+    alone = ranks_moe.engines(0, 1, str(directory), [None], str(tmp_path))[0]
+    two = [ParallelDims(ep=2), ParallelDims(tp=2), ParallelDims(pp=2)]
+    four = [ParallelDims(ep=2), ParallelDims(pp=2, ep=2)]
+    seen = run_ranks(2, ranks_moe.engines, str(directory), two, str(tmp_path), timeout=240)[0]
+    seen += run_ranks(4, ranks_moe.engines, str(directory), four, str(tmp_path), timeout=240)[0]
+    weights = "adapter_model.safetensors"
+    for found in seen:
+        for ours, wanted in zip(found["done"], alone["done"], strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+        for form in ("single", "stacked"):
+            values = load_file(Path(alone["target"]) / form / weights)
+            written = load_file(Path(found["target"]) / form / weights)
+            assert written.keys() == values.keys()
+            for name, value in values.items():
+                torch.testing.assert_close(written[name], value, rtol=0, atol=1e-5, msg=name)
+        target = Path(found["target"])
+        assert (target / "again" / weights).read_bytes() == (
+            target / "single" / weights
+        ).read_bytes()

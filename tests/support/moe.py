@@ -32,7 +32,7 @@ from archon_lora.models.qwen3_moe.state_dict_adapter import Qwen3MoeStateDictAda
 from archon_lora.names import canonical_fqn
 from ckpt import TrainState
 
-VOCAB, ROWS, TOKENS = 40, 12, 5
+VOCAB, ROWS, TOKENS = 96, 12, 5
 EXPERTS = 6
 """Three for each of two ranks: over two more they are sharded unevenly."""
 
@@ -42,7 +42,7 @@ CONFIG = Qwen3MoeConfig(
     intermediate_size=24,
     num_hidden_layers=2,
     num_attention_heads=2,
-    num_key_value_heads=1,
+    num_key_value_heads=2,
     head_dim=8,
     num_experts=EXPERTS,
     num_experts_per_tok=2,

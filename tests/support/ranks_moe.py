@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from archon_lora.engine import load_lora_adapter, save_lora_adapter
 from archon_lora.errors import ParallelConfigError
 from archon_lora.models.parallel_dims import ParallelDims, build_mesh
 from archon_lora.models.qwen3_moe import SPEC, Qwen3MoeModel
 from ckpt import CheckpointManager, Retention
-from support.moe import CONFIG, ROWS, TOKENS, Run
+from support import engines as tiny
+from support.engines import make_engine
+from support.moe import CONFIG, LORA, ROWS, TOKENS, Run
 
 
 def train(rank: int, world: int, directory: str, dims: ParallelDims) -> dict[str, Any]:
@@ -56,4 +60,25 @@ def carry_on(
             manager.save(first + number, run.state()).wait()
         run.steps = 2
         results.append({"restored": restored, "loss": run.step()})
+    return results
+
+
+def engines(
+    rank: int, world: int, directory: str, layouts: list[ParallelDims | None], out: str
+) -> list[dict[str, Any]]:
+    """Two updates by the engine under each layout, and the adapter that it writes."""
+    results = []
+    for number, dims in enumerate(layouts):
+        target = Path(out) / f"{world}-{number}"
+        options: dict[str, Any] = {} if dims is None else {"parallel": dims}
+        if dims is not None and dims.pp > 1:
+            options["micro_batches"] = 2
+        with make_engine(directory, lora=LORA, **options) as engine:
+            done = tiny.train(engine, 2)
+            save_lora_adapter(engine, target / "single")
+            save_lora_adapter(engine, target / "stacked", experts="stacked")
+        results.append({"done": done, "target": str(target)})
+        with make_engine(directory, lora=LORA, **options) as engine:
+            load_lora_adapter(engine, target / "single")
+            save_lora_adapter(engine, target / "again")
     return results
