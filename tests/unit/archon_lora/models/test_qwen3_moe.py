@@ -115,7 +115,7 @@ def test_what_takes_no_adapter_is_refused_with_the_reason(sizes, targets, messag
 
 
 def test_experts_sharded_within_are_refused(monkeypatch):
-    from archon_lora.models.qwen3_moe import state_dict_adapter
+    from archon_lora.models import expert_names
 
     _, adapter = build()
     stack = torch.ones(3, 8, 32)
@@ -126,9 +126,9 @@ def test_experts_sharded_within_are_refused(monkeypatch):
         def to_local(self):
             return torch.ones(3, 4, 32)
 
-    monkeypatch.setattr(state_dict_adapter, "DTensor", Sharded)
+    monkeypatch.setattr(expert_names, "DTensor", Sharded)
     monkeypatch.setattr(
-        state_dict_adapter, "local_slice", lambda _: (slice(0, 3), slice(0, 4), slice(0, 32))
+        expert_names, "local_slice", lambda _: (slice(0, 3), slice(0, 4), slice(0, 32))
     )
     with pytest.raises(AdapterMismatch, match=r"sharded within experts \(Shard"):
         adapter.convert_single_to_hf("layers.0.moe.experts.w1", stack.as_subclass(Sharded))
