@@ -25,8 +25,9 @@ from archon_lora.rl.config import load_config
 from archon_lora.rl.loop import run_training
 from archon_lora.rl.metrics import read_metrics
 
-pytestmark = pytest.mark.dist
 FULL = os.environ.get("ARCHON_LAYOUTS") == "full"
+DEADLINE = 3000.0 if FULL else 150.0
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(2 * DEADLINE)]
 
 LAYOUTS = {
     "fsdp": ParallelDims(),
@@ -70,11 +71,10 @@ def ranks(root: Path) -> list[dict[str, Any]]:
     for rank, saver, loaders in CHOSEN:
         for loader in (saver, *loaders):
             todo[name_of(rank, saver, loader)] = job(rank, saver, loader, LAYOUTS[loader])
-    deadline = 3000.0 if FULL else 150.0
     config = write_run(root, model)
     overrides = ["parallel.tp=2", "parallel.sequence_parallel=true", *run_paths(root, "four")]
     arguments = (narrow, todo, str(config), overrides)
-    done = run_ranks(4, ranks_layouts.several, *arguments, timeout=deadline)
+    done = run_ranks(4, ranks_layouts.several, *arguments, timeout=DEADLINE)
     for rank, saver, _ in CHOSEN:
         alone = ranks_layouts.work(job(rank, saver, "alone", ParallelDims()))
         for result in done:
