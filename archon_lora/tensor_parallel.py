@@ -281,7 +281,13 @@ class Whole(LocalStyle):
 
     def parts(self, module: nn.Module) -> dict[str, _Part]:
         """Everything whole."""
-        _factors(module)
+        rates = [m.p for m in module.modules() if isinstance(m, nn.Dropout)]
+        if any(rates):
+            msg = (
+                f"a {type(module).__name__} with dropout={max(rates):g} does not go with tensor "
+                "parallelism: ranks would draw different masks for the same input; set it to 0"
+            )
+            raise ParallelConfigError(msg)
         return {name: _Part(WHOLE, self.grad) for name, _ in module.named_parameters()}
 
 

@@ -186,6 +186,7 @@ def test_what_cannot_be_split(ranks: list[dict[str, Any]]) -> None:
         refused = rank["refused"]
         assert refused["dropout"].startswith("LoRAConfigError")
         assert "dropout=0.1 with tensor parallelism" in refused["dropout"]
+        assert "a Sequential with dropout=0.1 does not go with" in refused["router"]
         assert "4 ranks cannot be laid out" in refused["world"]
         assert "tp=4 does not divide num_key_value_heads=2 of" in refused["heads"]
         assert "TargetError: the style is for LoRALinear, got Linear" in refused["not adapted"]
@@ -215,3 +216,16 @@ def test_meshes(ranks: list[dict[str, Any]]) -> None:
     for rank in (0, 1):
         part = meshes[rank][6]
         assert (part["tp"], part["fsdp"]) == ([0, 1], [rank])
+
+
+@pytest.mark.compat
+@pytest.mark.skipif(not FULL, reason="four processes import transformers: ARCHON_LAYOUTS=full")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral-window"])
+def test_models_of_transformers_are_split_alike(tmp_path: Path, family: str) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    directory = str(write_family(tmp_path, family, **heads))
+    alone = ranks_tp.transformers_grads(0, 1, directory)
+    for grads in run_ranks(4, ranks_tp.transformers_grads, directory):
+        assert grads.keys() == alone.keys()
+        for name, value in alone.items():
+            assert close(grads[name], value), name

@@ -50,13 +50,15 @@ class Job:
 def work(job: Job) -> dict[str, Any]:
     """Train two steps or load, look, save all kinds of things, and go on."""
     with logged_reads() as log:
-        engine = make_engine(job.path, lora=job.lora, parallel=job.dims, optimizer=ADAM)
+        engine = make_engine(
+            job.path, lora=job.lora, parallel=job.dims, optimizer=ADAM, micro_batches=2
+        )
     with engine:
         found: dict[str, Any] = {"read": log.total}
         if job.load is None:
             if job.lora is not None:
                 moved(engine)
-            found["first"] = train(engine, 2)
+            found["first"] = train(engine, 2, rows=8)
             engine.set_version(2)
         else:
             engine.load(SaveLoadMeta(path=job.load, with_optim=True))
@@ -77,7 +79,7 @@ def work(job: Job) -> dict[str, Any]:
             engine.set_version(2)
             found["served"] = sink.calls
         engine.save(SaveLoadMeta(path=f"{job.out}/whole", with_optim=True, base_model_path="base"))
-        found["next"] = train(engine, 2, first=2)
+        found["next"] = train(engine, 2, first=2, rows=8)
         found["dp"] = (engine.dp_rank, engine.dp_size)
         return found
 

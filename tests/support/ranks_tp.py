@@ -11,11 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
-from archon_lora import LoRAConfig, apply_lora, initialise_adapters
+from archon_lora import (
+    LoRAConfig,
+    adapter_shard_placement,
+    apply_lora,
+    get_adapter_params,
+    initialise_adapters,
+)
 from archon_lora.engine import clip_grad_norm
 from archon_lora.init import initial_value
 from archon_lora.models import KVCache, get_model_spec, load_hf_weights
@@ -25,6 +32,7 @@ from archon_lora.models.pipeline import split_decoder
 from archon_lora.models.tensor_plan import split_tensors
 from archon_lora.parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from archon_lora.placement import copy_global_, reshard
+from archon_lora.tensor_parallel import Whole
 
 
 def _line(mesh: DeviceMesh | None) -> object:
@@ -255,6 +263,7 @@ def refusals(rank: int, world: int, directory: str) -> dict[str, str]:
         "dropout": _message(lambda: build(Case(directory, tp, dropping))),
         "world": _message(lambda: build(Case(directory, ParallelDims(tp=3)))),
         "heads": _message(lambda: build(Case(directory, ParallelDims(tp=4)))),
+        "router": _message(lambda: Whole().parts(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))),
         "not adapted": _message(
             lambda: parallelize_module(bare, line, {"up": LoRAColwiseParallel()})
         ),
@@ -269,6 +278,31 @@ def refusals(rank: int, world: int, directory: str) -> dict[str, str]:
 def _with_cache(directory: str) -> None:
     model, _ = build(Case(directory, ParallelDims(tp=2, sequence_parallel=True)))
     model(batch(0)[0], cache=KVCache(20))
+
+
+def transformers_grads(rank: int, world: int, directory: str) -> dict[str, Tensor]:
+    """Whole gradients of an adapter on transformers' own model; four ranks are FSDP2 x TP."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    apply_lora(model, LoRAConfig(rank=3, alpha=6))
+    for name, parameter in get_adapter_params(model).items():
+        if name.endswith("lora_b.weight"):
+            copy_global_(parameter, initial_value(1, name, parameter.shape, "kaiming"))
+    tokens = batch(0)[0]
+    if world > 1:
+        mesh = build_mesh(ParallelDims(tp=2), "cpu")
+        tokens = tokens.chunk(2)[mesh.dp_rank]
+        columns = ("self_attn.[qkv]_proj", "mlp.gate_proj", "mlp.up_proj")
+        plan: dict[str, Any] = {f"model.layers.*.{n}": LoRAColwiseParallel() for n in columns}
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            plan[f"model.layers.*.{name}"] = LoRARowwiseParallel()
+        parallelize_module(model, mesh.tp, plan)
+        place = adapter_shard_placement(model, shards=2)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh.fsdp, shard_placement_fn=place)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    return {name: whole(p.grad) for name, p in get_adapter_params(model).items()}
 
 
 def several(rank: int, world: int, calls: dict[str, tuple[str, tuple]]) -> dict[str, Any]:
