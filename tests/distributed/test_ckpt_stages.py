@@ -107,6 +107,16 @@ def test_what_does_not_fit_together_is_refused_on_every_rank(results: dict[str, 
         assert "stages of a pipeline are given as a list" in said["not a list"]
 
 
+def test_each_node_keeps_the_stages_of_its_ranks(results: dict[str, list], root: Path) -> None:
+    first, second, third = results["tiers"]
+    assert all(rank["local"] and rank["same"] for rank in (first, second, third))
+    assert first["shards"] == second["shards"] == ["shard-00001-of-00003.safetensors"]
+    assert third["shards"] == ["shard-00002-of-00003.safetensors"]
+    remote = _manifest(root / "remote", 0)
+    assert len(remote.files) == 3
+    assert len(remote.tensors) == 24
+
+
 def test_replicas_are_written_once_and_share_the_work(tmp_path: Path) -> None:
     found = run_ranks(4, ranks_stages.replicas, str(tmp_path))
     assert all(rank["held"] == found[0]["held"] for rank in found)

@@ -75,6 +75,9 @@ def test_an_adapter_that_a_stage_has_no_part_of(
             continue
         assert rank["version"] == 3
         assert torch.equal(rank["loaded"], rank["logprobs"])
+        # A published version is in bfloat16, of one rank, and B is scaled.
+        torch.testing.assert_close(rank["warm"], rank["logprobs"], rtol=0, atol=5e-3)
+        torch.testing.assert_close(rank["warm"], source["warm"], rtol=0, atol=1e-5)
         assert not torch.allclose(rank["reference"], rank["logprobs"], atol=1e-4)
         for what in ("logprobs", "reference"):
             torch.testing.assert_close(rank[what], source[what], rtol=0, atol=1e-5)

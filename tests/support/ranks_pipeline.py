@@ -15,6 +15,7 @@ from archon_lora.engine import (
     keep_reference,
     load_lora_adapter,
     save_lora_adapter,
+    warm_start,
 )
 from archon_lora.engine.full_checkpoint import save_full_model
 from archon_lora.models.parallel_dims import ParallelDims
@@ -115,6 +116,8 @@ def products(path: str, pp: int, folder: str, load: str | None) -> dict[str, Any
         }
         load_lora_adapter(engine, f"{folder}/adapter")
         found["loaded"] = engine.logprobs(batch_of(2))
+        warm_start(engine, f"{folder}/run/adapters/run-v{1:08}", any_base=True)
+        found["warm"] = engine.logprobs(batch_of(2))
         return found
 
 

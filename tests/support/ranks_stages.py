@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,7 @@ def on_three_ranks(rank: int, world: int, folder: str) -> dict[str, object]:
     found["from whole"] = resume(rank, world, whole, PARTS, STEPS)
     found["warm"] = warm(rank, world, f"{folder}/new", OTHER, version_of(whole))
     found["refused"] = refusals(rank, world, parts)
+    found["tiers"] = tiers(rank, world, folder)
     return found
 
 
@@ -223,6 +225,23 @@ def refusals(rank: int, world: int, root: str) -> dict[str, str]:
 def _saved(manager: CheckpointManager, trainer: Trainer) -> None:
     manager.restore(Trainer(PARTS[manager._board.rank], parted=True).state, step=STEPS + 100)
     manager.save(300, trainer.state).wait(20)
+
+
+def tiers(rank: int, world: int, folder: str) -> dict:
+    """Two ranks on one node, the third on another; each node keeps what its ranks hold."""
+    home = f"{folder}/node-{rank // 2}"
+    with CheckpointManager(f"{folder}/remote", vote_timeout=20, local_tier=home) as manager:
+        trainer = Trainer(PARTS[rank], parted=True)
+        trainer.step(1)
+        manager.save(0, trainer.state, publish=True).wait(30)
+        manager.wait_mirrored(60)
+        wanted = trainer.digests()
+        fresh = Trainer(PARTS[rank], parted=True, disturbed=True)
+        manager.restore(fresh.state)
+        assert manager.last_restore is not None
+        local = manager.last_restore.local
+    (shards,) = ({p.name for p in step.glob("shard-*")} for step in Path(home).glob("steps/*"))
+    return {"local": local, "same": fresh.digests() == wanted, "shards": sorted(shards)}
 
 
 def replicas(rank: int, world: int, root: str) -> dict:
