@@ -289,7 +289,10 @@ class ArchonLoRA(_Archon):
             "extra": self.extra,
             "base": base,
         }
-        return TrainState(model=self.model_parts, **(values | parts))
+        staged = getattr(self.parallel_dims, "pp", 1) > 1
+        # A list says that other ranks hold other parts, which costs every save a question.
+        model = self.model_parts if staged else self.model_parts[0]
+        return TrainState(model=model, **(values | parts))
 
     def save(self, meta: Any) -> None:
         """AReaL's ``save``; with LoRA the adapter (``"hf"``) and the resumable state.
