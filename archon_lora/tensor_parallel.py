@@ -102,6 +102,8 @@ class LocalStyle(ParallelStyle):
     """
 
     mesh: DeviceMesh
+    apart: str | None = None
+    """How the names of parameters begin that somebody else places."""
 
     def parts(self, module: nn.Module) -> dict[str, _Part]:
         """How every parameter of the module lies, by local name."""
@@ -127,7 +129,12 @@ class LocalStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.mesh = device_mesh
         parts = self.parts(module)
-        left = {name for name, _ in module.named_parameters()} - parts.keys()
+        names = {name for name, _ in module.named_parameters()}
+        if self.apart is not None:
+            apart = {name for name in names if name.startswith(self.apart)}
+            parts = {name: part for name, part in parts.items() if name not in apart}
+            names -= apart
+        left = names - parts.keys()
         if left:
             kind = type(module).__name__
             msg = f"{type(self).__name__} has no place for {', '.join(sorted(left))} of a {kind}"

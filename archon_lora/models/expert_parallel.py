@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from archon_lora.errors import ParallelConfigError
 
@@ -116,17 +116,11 @@ def shard_experts(
         reshard_after_forward: as for the blocks.
 
     Raises:
-        ParallelConfigError: no block has experts, their number does not divide, or tensor
-            parallelism is on too.
+        ParallelConfigError: no block has experts, or their number does not divide.
     """
-    mesh, dims = layout.ep, layout.dims
-    if mesh is None:
+    mesh, dims, whole_mesh = layout.ep, layout.dims, layout.experts
+    if mesh is None or whole_mesh is None:
         return
-    if layout.tp is not None:
-        msg = (
-            f"ep={dims.ep} and tp={dims.tp}: experts are not split over both; set one of them to 1"
-        )
-        raise ParallelConfigError(msg)
     found = [module for block in blocks for module in block.modules() if isinstance(module, MoE)]
     if not found and layout.pp is None:  # a pipeline stage may have none
         raise ParallelConfigError(f"ep={dims.ep}, but the model has no experts; set ep to 1")
@@ -134,7 +128,7 @@ def shard_experts(
         if moe.total % mesh.size():
             msg = f"ep={dims.ep} does not divide the {moe.total} experts of a layer"
             raise ParallelConfigError(msg)
-        _share_out(moe.experts, mesh)
+        _share_out(moe.experts, whole_mesh)
         moe.exchange = ExpertExchange(mesh)
         fully_shard(
             moe.experts,
@@ -146,11 +140,15 @@ def shard_experts(
 
 
 def _share_out(experts: nn.Module, mesh: DeviceMesh) -> None:
-    """Put this rank's part of every parameter in its place."""
+    """Put this rank's part of every parameter in its place.
+
+    Over the first dimension of the mesh; ranks of a second one, ``tp``, have the same experts.
+    """
+    placements: list[Placement] = [Shard(0), *[Replicate()] * (mesh.ndim - 1)]
     for module in experts.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
-            shared = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            local = parameter.detach().chunk(mesh.size(0))[mesh.get_local_rank(0)].clone()
+            shared = DTensor.from_local(local, mesh, placements, run_check=False)
             module.register_parameter(
                 name, nn.Parameter(shared, requires_grad=parameter.requires_grad)
             )

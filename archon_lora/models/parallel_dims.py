@@ -129,6 +129,7 @@ class ParallelMesh:
         pp: None where ``pp`` is 1.
         ep: None where ``ep`` is 1.
         expert_fsdp: as ``fsdp``, for what one rank of ``ep`` holds of the experts.
+        experts: where experts lie beside that: ``ep`` alone, or ``ep`` and ``tp``; None as ``ep``.
     """
 
     dims: ParallelDims
@@ -139,6 +140,7 @@ class ParallelMesh:
     pp: DeviceMesh | None
     ep: DeviceMesh | None
     expert_fsdp: DeviceMesh
+    experts: DeviceMesh | None = None
 
     @property
     def dp_rank(self) -> int:
@@ -177,14 +179,15 @@ def build_mesh(
     dp = root[DP_SHARD]
     if replicated:
         dp = _mesh(_outside(dims, {DP: dims.dp}), device_type, ranks)[DP]
-    ep, expert_fsdp = None, fsdp
+    ep, experts, expert_fsdp = None, None, fsdp
     if dims.ep > 1:
         # A mesh beside the root: one dimension of a mesh cannot be cut in two afterwards.
         split = {DP_REPLICATE: dims.dp_replicate} if replicated else {}
         split |= {EXPERT_SHARD: dims.dp_shard // dims.ep, EP: dims.ep}
-        experts = _mesh(_outside(dims, split), device_type, ranks)
-        ep = experts[EP]
-        expert_fsdp = experts[DP_REPLICATE, EXPERT_SHARD] if replicated else experts[EXPERT_SHARD]
+        beside = _mesh(_outside(dims, split), device_type, ranks)
+        ep = beside[EP]
+        experts = beside[EP, TP] if dims.tp > 1 else ep
+        expert_fsdp = beside[DP_REPLICATE, EXPERT_SHARD] if replicated else beside[EXPERT_SHARD]
     return ParallelMesh(
         dims=dims,
         root=root,
@@ -194,6 +197,7 @@ def build_mesh(
         pp=root[PP] if dims.pp > 1 else None,
         ep=ep,
         expert_fsdp=expert_fsdp,
+        experts=experts,
     )
 
 

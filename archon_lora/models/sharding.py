@@ -59,7 +59,12 @@ def parallelize(
     if layout.tp is not None:
         from .tensor_plan import split_tensors
 
-        split_tensors(model, layout.tp, sequence_parallel=layout.dims.sequence_parallel)
+        split_tensors(
+            model,
+            layout.tp,
+            sequence_parallel=layout.dims.sequence_parallel,
+            experts_apart=layout.ep is not None,
+        )
     for block in blocks:
         block.recompute = activation_checkpointing
         if compile:

@@ -59,13 +59,20 @@ RULES: tuple[tuple[str, Rule], ...] = (
 """Style by pattern of a module's name; a module with parameters that no rule covers is refused."""
 
 
-def split_tensors(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
+def split_tensors(
+    model: Decoder,
+    mesh: DeviceMesh,
+    *,
+    sequence_parallel: bool = False,
+    experts_apart: bool = False,
+) -> None:
     """Split a decoder over a mesh dimension, in place; adapters go in before.
 
     Args:
         model: the model, not yet sharded; may be on the meta device.
         mesh: one dimension.
         sequence_parallel: split activations between the matrices by position.
+        experts_apart: leave experts as they are: expert parallelism shares them out.
 
     Raises:
         ParallelConfigError: heads or widths that do not divide, a module without a rule, or a
@@ -82,6 +89,8 @@ def split_tensors(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool =
     stream: Placement = BY_SEQUENCE if sequence_parallel else WHOLE
     planned = [(name, module, rule(stream)) for name, module, rule in _match(model)]
     for _, module, style in planned:
+        if isinstance(style, Gathered) and experts_apart:
+            style.apart = "experts."
         # What parallelize_module() does with a plan; its own patterns pass over a name in silence.
         style._apply(module, mesh)
     if sequence_parallel:
