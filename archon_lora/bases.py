@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -129,6 +130,40 @@ def _over(layer: type[Any], base: type[Any]) -> type[Any]:
     own = {} if plain else {"forward": forward, "opaque_base": True}
     named = {"__module__": layer.__module__, "__doc__": layer.__doc__}
     return type(f"{layer.__name__}Over{base.__name__}", (layer, base), own | named)
+
+
+def unsplittable_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Weights that ``fully_shard()`` cannot split: to be given to it as ``ignored_params``.
+
+    Every rank then keeps them whole, as quantised weights often can be; adapters beside them are
+    split as ever. A tensor subclass must know how to be cut up. A subclass of ``nn.Parameter``
+    loses what it carries beside its values (a scale, say): its module must carry that as well.
+
+    Args:
+        model: an adapted model, before it is sharded.
+    """
+    found = set()
+    for module in model.modules():
+        if not (isinstance(module, nn.Linear) and hasattr(module, "adapter_params")):
+            continue
+        weight = module.get_parameter("weight")
+        if issubclass(type(weight), nn.Parameter):
+            carried = {name for name, value in vars(weight).items() if isinstance(value, Tensor)}
+            fits = carried <= vars(module).keys()
+        else:
+            fits = _splits(weight)
+        if not fits:
+            found.add(weight)
+    return found
+
+
+def _splits(weight: Tensor) -> bool:
+    try:
+        torch.chunk(weight.detach(), 2)
+    except (NotImplementedError, RuntimeError, AssertionError):
+        # What a tensor subclass says of an operation that it lacks.
+        return False
+    return True
 
 
 def dense_weight(weight: Tensor, shape: tuple[int, int], *, opaque: bool, name: str) -> Tensor:

@@ -125,6 +125,11 @@ class LoRAConfig:
             LoRAConfigError: a key that is no field, or a value that cannot work.
         """
         known = [f.name for f in fields(cls)]
+        for name, value in values.items():
+            # PEFT's names of what is refused on purpose: "unknown" would not say why.
+            if name in peft_config.REFUSED and not peft_config.is_off(value):
+                msg = f"{name}={value!r} is not supported: {peft_config.REFUSED[name]}"
+                raise LoRAConfigError(msg)
         _refuse_unknown("LoRA setting", values, known)
         return cls(**values)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from archon_lora.adapter import applied_lora, get_adapter_params
 from archon_lora.errors import AdapterMismatch, LoRANotEnabled, NoAdapterError
+from archon_lora.names import DEFAULT_ADAPTER
 from archon_lora.peft import peft_export
 from ckpt.adapter_plan import plan_adapter
 from ckpt.consolidate import stream_adapter
@@ -56,13 +57,14 @@ class AdapterStream:
         base_model_name: ``base_model_name_or_path`` of the PEFT configuration.
         normalise: the serving form instead of the training form.
         experts: form of the adapters on experts.
+        adapter: which one.
 
     Attributes:
         peft_config: content of ``adapter_config.json``.
 
     Raises:
         LoRANotEnabled: no LoRA in the model.
-        NoAdapterError: no rank holds an adapter parameter.
+        NoAdapterError: no rank holds an adapter parameter, or there is no adapter of that name.
         AdapterMismatch: ranks disagree about the adapter.
         StateError: the export does not fit the tensors.
         ConfigError: experts that cannot be stacked.
@@ -75,6 +77,7 @@ class AdapterStream:
         base_model_name: str,
         normalise: bool,
         experts: ExpertForm = "single",
+        adapter: str = DEFAULT_ADAPTER,
     ) -> None:
         group, timeout = engine.cpu_group, deadline_of(engine)
         held: dict[str, Tensor] = {}
@@ -82,13 +85,17 @@ class AdapterStream:
         with attempt(group, what="collecting the adapter", timeout=timeout):
             for part in _adapted_parts(engine.model_parts):
                 export = peft_export(
-                    part, normalise=normalise, base_model_name=base_model_name, experts=experts
+                    part,
+                    normalise=normalise,
+                    base_model_name=base_model_name,
+                    experts=experts,
+                    adapter=adapter,
                 )
-                params = get_adapter_params(part)
+                params = get_adapter_params(part, frozen=True)
                 # A pipeline stage exports the whole adapter and holds a part of it.
                 sources = {rule["source"] for rule in export["rules"]} & params.keys()
                 held.update({source: params[source] for source in sources})
-                mine.append({**export, "modules": applied_lora(part).target_names()})
+                mine.append({**export, "modules": applied_lora(part, adapter).target_names()})
         exports = [e for rank in gather_json(group, mine, timeout=timeout) for e in rank]
         rules = {rule["key"]: TensorRule(**rule) for e in exports for rule in e["rules"]}
         if not rules:

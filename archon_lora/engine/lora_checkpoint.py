@@ -18,6 +18,7 @@ from torch import Tensor
 
 from archon_lora.adapter import get_adapter_params
 from archon_lora.errors import AdapterNotFound, NoAdapterError
+from archon_lora.names import DEFAULT_ADAPTER
 from archon_lora.peft import adapter_values, peft_export
 from archon_lora.placement import copy_local_
 from ckpt.errors import ObjectNotFound
@@ -56,6 +57,7 @@ def save_lora_adapter(
     base_model_path: str | None = None,
     *,
     experts: ExpertForm = "single",
+    adapter: str = DEFAULT_ADAPTER,
 ) -> None:
     """Write the adapter as a PEFT directory; every rank must call, the first one writes.
 
@@ -72,6 +74,7 @@ def save_lora_adapter(
             ``engine.config.path``.
         experts: form of the adapters on experts. ``"stacked"`` is written with one rank and
             ``alpha = r``, the scaling in B, since no other stack means the same to every reader.
+        adapter: which one, of those that the model holds.
 
     Raises:
         LoRANotEnabled: LoRA is off; the message names the setting.
@@ -84,7 +87,11 @@ def save_lora_adapter(
     require_lora(engine, f"saving an adapter to {where}")
     base = str(engine.config.path) if base_model_path is None else base_model_path
     stream = AdapterStream(
-        engine, base_model_name=base, normalise=experts == "stacked", experts=experts
+        engine,
+        base_model_name=base,
+        normalise=experts == "stacked",
+        experts=experts,
+        adapter=adapter,
     )
     error: Exception | None = None
     if stream.is_writer:
@@ -101,7 +108,9 @@ def save_lora_adapter(
     )
 
 
-def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
+def load_lora_adapter(
+    engine: EngineLike, path: str | Path, *, adapter: str = DEFAULT_ADAPTER
+) -> None:
     """Read a PEFT adapter into the model; every rank must call, only the first one reads.
 
     Takes ``adapter_model.safetensors`` or a legacy ``adapter_model.bin`` (tensors only, never a
@@ -111,6 +120,7 @@ def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
     Args:
         engine: its LoRA must be on.
         path: the directory, on a file system that the first rank sees.
+        adapter: which one takes the values.
 
     Raises:
         LoRANotEnabled: LoRA is off; the message names the setting.
@@ -124,7 +134,7 @@ def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
     require_lora(engine, f"loading the adapter at {where}")
     group, timeout = engine.cpu_group, deadline_of(engine)
     parts = [part for part in engine.model_parts if get_adapter_params(part)]
-    mine = [rule["key"] for part in parts for rule in peft_export(part)["rules"]]
+    mine = [rule["key"] for part in parts for rule in peft_export(part, adapter=adapter)["rules"]]
     everybodys = {k for keys in gather_json(group, mine, timeout=timeout) for k in keys}
     if not everybodys:
         msg = (
@@ -136,11 +146,12 @@ def load_lora_adapter(engine: EngineLike, path: str | Path) -> None:
     plan: list[tuple[Tensor, Tensor]] = []
     with attempt(group, what=f"checking the adapter at {where}", timeout=timeout):
         for part in parts:
-            held = get_adapter_params(part)
-            own = {r["key"] for r in peft_export(part)["rules"] if r["source"] in held}
+            held = get_adapter_params(part, frozen=True)
+            rules = peft_export(part, adapter=adapter)["rules"]
+            own = {rule["key"] for rule in rules if rule["source"] in held}
             # What belongs to another part is not this one's to refuse.
             given = {k: t for k, t in tensors.items() if k in own or k not in everybodys}
-            plan += adapter_values(part, given, config)
+            plan += adapter_values(part, given, config, adapter=adapter)
     for parameter, value in plan:
         copy_local_(parameter, value)
     agree(group, None, what=f"loading the adapter at {where}", timeout=timeout)

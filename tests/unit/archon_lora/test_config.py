@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from archon_lora import LoRAConfig, LoRAConfigError
+from archon_lora.peft_config import REFUSED
 
 REFUSALS = [
     ({"rank": 0}, "rank must be an integer >= 1, got 0"),
@@ -233,3 +235,12 @@ def test_peft_fields_that_are_off_or_informational_are_accepted() -> None:
     )
     with pytest.raises(LoRAConfigError, match="must be a mapping, got list"):
         LoRAConfig.from_peft([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["use_dora", "lora_bias", "modules_to_save"])
+def test_what_is_refused_on_purpose_is_told_with_the_reason(name: str) -> None:
+    reason = re.escape(f"{name}=True is not supported: {REFUSED[name]}")
+    with pytest.raises(LoRAConfigError, match=reason):
+        LoRAConfig.from_mapping({"rank": 4, name: True})
+    with pytest.raises(LoRAConfigError, match=reason):
+        LoRAConfig.from_peft({**LoRAConfig().to_peft(), name: True})

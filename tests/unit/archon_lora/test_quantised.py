@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from support import ranks_quant
+from support.ranks_quant import (
+    IN,
+    OUT,
+    QUANTISERS,
+    Net,
+    X,
+    base_of,
+    bitsandbytes_int8,
+    bitsandbytes_nf4,
+    fill,
+)
+from support.spawn import run_ranks
 from torch import nn
 
 from archon_lora import (
@@ -29,79 +41,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-IN, OUT = 64, 256  # NF4 scales 64 values at once, and 256 of these scales
+
+def available(quantise: Callable[[nn.Module], nn.Module]) -> object:
+    """The quantiser as a parameter that is skipped where its package is absent."""
+    package = quantise.__name__.partition("_")[0]
+    skip = pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}: [quant]")
+    return pytest.param(quantise, id=quantise.__name__, marks=skip)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.o_proj = nn.Linear(IN, OUT)
-        self.down_proj = nn.Linear(OUT, IN, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(torch.tanh(self.o_proj(x)))
+EACH = [available(quantise) for quantise in QUANTISERS]
 
 
-def torchao_int8(net: nn.Module) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: [quant]")
-    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
-    return net
-
-
-def torchao_nf4(net: nn.Module) -> nn.Module:
-    pytest.importorskip("torchao", reason="needs torchao: [quant]")
-    # A function of the same name hides the module from attribute access.
-    workflows = importlib.import_module("torchao.quantization.quantize_.workflows")
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear):
-            nf4 = workflows.to_nf4(layer.weight.detach(), 64, 64)
-            layer.weight = nn.Parameter(nf4, requires_grad=False)
-    return net
-
-
-def bitsandbytes_nf4(net: nn.Module) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: [quant]")
-    for name, layer in list(net.named_children()):
-        quantised = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4"
-        )
-        quantised.load_state_dict(layer.state_dict())
-        setattr(net, name, quantised.to("cpu"))  # the move quantises
-    return net
-
-
-def bitsandbytes_int8(net: nn.Module) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: [quant]")
-    for name, layer in list(net.named_children()):
-        quantised = bnb.nn.Linear8bitLt(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            has_fp16_weights=False,
-        )
-        quantised.load_state_dict(layer.state_dict())
-        setattr(net, name, quantised.to("cpu"))
-    return net
-
-
-QUANTISERS = [torchao_int8, torchao_nf4, bitsandbytes_nf4, bitsandbytes_int8]
-X = torch.randn(4, IN, generator=torch.Generator().manual_seed(1))
-
-
-def base_of(quantise: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return quantise(Net())
-
-
-def fill(net: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in get_adapter_params(net).values():
-            parameter.normal_(std=0.1, generator=generator)
-    return net
-
-
-@pytest.mark.parametrize("quantise", QUANTISERS)
+@pytest.mark.parametrize("quantise", EACH)
 def test_the_base_computes_by_itself_and_the_update_is_added(
     quantise: Callable[[nn.Module], nn.Module],
 ) -> None:
@@ -121,7 +72,7 @@ def test_the_base_computes_by_itself_and_the_update_is_added(
     torch.testing.assert_close(layer(X), base + update)
 
 
-@pytest.mark.parametrize("quantise", QUANTISERS)
+@pytest.mark.parametrize("quantise", EACH)
 def test_gradients_are_those_over_the_dequantised_weights(
     quantise: Callable[[nn.Module], nn.Module],
 ) -> None:
@@ -150,7 +101,7 @@ def test_gradients_are_those_over_the_dequantised_weights(
     torch.testing.assert_close(x.grad, twin_x.grad, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("quantise", QUANTISERS)
+@pytest.mark.parametrize("quantise", EACH)
 def test_checkpoints_and_exports_are_of_the_adapter_alone(
     quantise: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
@@ -169,7 +120,7 @@ def test_checkpoints_and_exports_are_of_the_adapter_alone(
     assert torch.equal(fresh(X), want)
 
 
-@pytest.mark.parametrize("quantise", QUANTISERS)
+@pytest.mark.parametrize("quantise", EACH)
 def test_a_merge_dequantises_in_fp32_or_is_refused(
     quantise: Callable[[nn.Module], nn.Module],
 ) -> None:
@@ -190,6 +141,7 @@ def test_a_merge_dequantises_in_fp32_or_is_refused(
     torch.testing.assert_close(net(X), twin(X), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes: [quant]")
 def test_a_copy_of_an_adapted_layer_keeps_its_base() -> None:
     net = base_of(bitsandbytes_nf4)
     apply_lora(net, LoRAConfig(rank=4, alpha=8))
@@ -209,3 +161,15 @@ def test_a_base_that_is_quantised_only_after_it_was_adapted() -> None:
     net.to("cpu")
     assert net.o_proj.weight.quant_state is not None
     assert torch.isfinite(net(X)).all()
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is None or find_spec("torchao") is None,
+    reason="needs torchao and bitsandbytes: [quant]",
+)
+def test_under_fsdp_a_base_is_split_where_it_can_be_and_else_left_whole() -> None:
+    for found in run_ranks(2, ranks_quant.sharded):
+        for name, (far, whole) in found.items():
+            assert far < 1e-6, name
+            assert whole is name.endswith("int8"), name

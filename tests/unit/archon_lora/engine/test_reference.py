@@ -8,8 +8,14 @@ import pytest
 import torch
 from support.engines import batch_of, moved, train
 
-from archon_lora import get_adapter_params
-from archon_lora.engine import SaveLoadMeta, keep_reference, save_lora_adapter, warm_start
+from archon_lora import NoAdapterError, adapter_mode, get_adapter_params
+from archon_lora.engine import (
+    SaveLoadMeta,
+    keep_reference,
+    load_lora_adapter,
+    save_lora_adapter,
+    warm_start,
+)
 from archon_lora.errors import EngineNotReady
 from ckpt.errors import StateError
 
@@ -78,6 +84,25 @@ def test_the_optimizer_and_the_weights_file_have_the_policy_alone(
         save_lora_adapter(one, tmp_path / str(one is plain))
     first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("True", "False"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_reference_can_be_saved_and_loaded_by_its_name(
+    engine_of, start: str, tmp_path: Path
+) -> None:
+    engine = engine_of(reference="warm-start")
+    warm_start(engine, start)
+    train(engine, 1)
+    save_lora_adapter(engine, tmp_path / "kept", adapter="reference")
+    kept, begun = (Path(p, "adapter_model.safetensors") for p in (tmp_path / "kept", start))
+    assert kept.read_bytes() == begun.read_bytes()
+    other = engine_of(reference="warm-start")
+    load_lora_adapter(other, tmp_path / "kept", adapter="reference")
+    with adapter_mode(other.model, "reference"):
+        loaded = other.logprobs(batch_of())
+    assert torch.equal(loaded, engine.logprobs(batch_of(), reference=True))
+    assert torch.equal(other.logprobs(batch_of()), engine_of().logprobs(batch_of()))
+    with pytest.raises(NoAdapterError, match="no adapter 'nobody'; it has 'default', 'reference'"):
+        save_lora_adapter(engine, tmp_path / "none", adapter="nobody")
 
 
 def test_any_moment_s_adapter_can_be_kept(engine_of) -> None:
