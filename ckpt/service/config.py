@@ -55,6 +55,7 @@ class Limits:
 
     Attributes:
         path_chars: length of path and query together.
+        head_bytes: of a request's head.
         body_bytes: of a request's body.
         head_s: seconds for the whole head of a request to arrive.
         body_s: seconds for the whole body.
@@ -70,6 +71,7 @@ class Limits:
     """
 
     path_chars: int = 4096
+    head_bytes: int = 32 * 1024
     body_bytes: int = 256 * 1024
     head_s: float = 10.0
     body_s: float = 20.0

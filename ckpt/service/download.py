@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from fastapi import Request, Response
-from fastapi.responses import RedirectResponse, StreamingResponse
+from fastapi.responses import RedirectResponse
 
 from ckpt.storage import Presigning, read_checked
 from ckpt.types import BLOCK_BYTES, FileRecord
@@ -19,6 +19,7 @@ from ckpt.types import BLOCK_BYTES, FileRecord
 from .answers import http_error
 from .metrics import ServiceMetrics
 from .roots import ServedRoot
+from .streams import ClosingStream
 
 _RANGE: Final = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 _ETAGS: Final = re.compile(r'(?:W/)?"[^"]*"|\*')
@@ -117,14 +118,10 @@ async def send(
     status = 200 if span is None else 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=KIND)
-    slot = contextlib.ExitStack()
-    slot.enter_context(request.app.state.downloads.one())
-    return StreamingResponse(
-        _pieces(root, file, start, end, slot, request.app.state.metrics),
-        status,
-        headers,
-        media_type=KIND,
-    )
+    held = contextlib.ExitStack()
+    held.enter_context(request.app.state.downloads.one())
+    pieces = _pieces(root, file, start, end, request.app.state.metrics)
+    return ClosingStream(pieces, status, headers, KIND, held)
 
 
 async def _pieces(
@@ -132,27 +129,25 @@ async def _pieces(
     file: Download,
     start: int,
     end: int,
-    slot: contextlib.ExitStack,
     metrics: ServiceMetrics,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes in pieces that end with a block; the next one is read while one is sent."""
-    with slot:
-        ends = [*range(start - start % BLOCK_BYTES + BLOCK_BYTES, end, BLOCK_BYTES), end]
-        spans = list(zip([start, *ends], ends, strict=False))
-        reading: asyncio.Task[bytes] | None = None
-        try:
-            for index, span in enumerate(spans):
-                if reading is None:
-                    reading = asyncio.create_task(root.call(_reader(root, file, *span)))
-                data = await reading
-                reading = None
-                if index + 1 < len(spans):
-                    reading = asyncio.create_task(root.call(_reader(root, file, *spans[index + 1])))
-                metrics.sent_bytes.labels(root.name).inc(len(data))
-                yield data
-        finally:
-            if reading is not None:
-                reading.cancel()
+    ends = [*range(start - start % BLOCK_BYTES + BLOCK_BYTES, end, BLOCK_BYTES), end]
+    spans = list(zip([start, *ends], ends, strict=False))
+    reading: asyncio.Task[bytes] | None = None
+    try:
+        for index, span in enumerate(spans):
+            if reading is None:
+                reading = asyncio.create_task(root.call(_reader(root, file, *span)))
+            data = await reading
+            reading = None
+            if index + 1 < len(spans):
+                reading = asyncio.create_task(root.call(_reader(root, file, *spans[index + 1])))
+            metrics.sent_bytes.labels(root.name).inc(len(data))
+            yield data
+    finally:
+        if reading is not None:
+            reading.cancel()
 
 
 def _reader(root: ServedRoot, file: Download, start: int, end: int) -> Callable[[], bytes]:

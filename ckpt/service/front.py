@@ -89,6 +89,12 @@ class Front:
         if length > self._limits.path_chars:
             self._metrics.refused.labels("path").inc()
             return http_error(414, f"path and query have at most {self._limits.path_chars} bytes")
+        if (
+            sum(len(name) + len(value) for name, value in scope["headers"])
+            > self._limits.head_bytes
+        ):
+            self._metrics.refused.labels("head").inc()
+            return http_error(431, f"a head has at most {self._limits.head_bytes} bytes", _CLOSE)
         caller = (scope.get("client") or ("unknown",))[0]
         judged = self._gate.judge(scope["method"], scope["path"], headers)
         if isinstance(judged, Refusal):

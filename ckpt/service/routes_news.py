@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -19,6 +21,7 @@ from .answers import RESPONSES
 from .auth import Needs, Scope
 from .routes_runs import NAME, Root, RunName
 from .rows import version_detail, version_row
+from .streams import ClosingStream
 from .watch import Change
 
 BEAT_S: Final = 15.0
@@ -84,8 +87,27 @@ async def wait_for_version(
     run, floor = _floor(newer_than, run_name)
     bound = request.app.state.config.limits.wait_s
     with request.app.state.waiting.one():
-        entry = await root.watcher.wait(run, floor, min(timeout_s, bound))
+        waiting = root.watcher.wait(run, floor, min(timeout_s, bound))
+        entry = await _while_there(request, waiting)
     return Response(status_code=204) if entry is None else _answer(entry, None)
+
+
+async def _while_there(
+    request: Request, waiting: Coroutine[Any, Any, VersionEntry | None]
+) -> VersionEntry | None:
+    """What is waited for, or None as soon as the caller has gone: its place is free again."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(waiting), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[0] if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _answer(entry: VersionEntry, if_none_match: str | None) -> Response:
@@ -134,10 +156,10 @@ async def stream_events(
     changes = root.watcher.changes(
         run=run, floor=floor if given is not None else None, steps=steps, beat_s=BEAT_S
     )
-    slot = request.app.state.waiting.one()
-    slot.__enter__()  # given back by the stream, which outlives this function
+    held = contextlib.ExitStack()
+    held.enter_context(request.app.state.waiting.one())
 
-    async def stream() -> AsyncIterator[str]:
+    async def stream() -> AsyncGenerator[str, None]:
         try:
             yield f"retry: {RETRY_MS}\n\n"
             async for change in changes:
@@ -145,11 +167,9 @@ async def stream_events(
             yield "event: bye\ndata: {}\n\n"
         finally:
             await changes.aclose()
-            slot.__exit__(None, None, None)
 
-    return StreamingResponse(
-        stream(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-    )
+    more = {"X-Accel-Buffering": "no"}
+    return ClosingStream(stream(), 200, more, "text/event-stream", held)
 
 
 def _event(change: Change) -> str:

@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 import h11
 import uvicorn
@@ -16,8 +16,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
 from .config import ServiceConfig
-
-MAX_HEAD_BYTES: Final = 32 * 1024
 
 
 class JsonLines(logging.Formatter):
@@ -133,9 +131,9 @@ class Service:
                 proxy_headers=False,
                 limit_concurrency=config.limits.connections,
                 backlog=min(2048, config.limits.connections),
-                timeout_keep_alive=15,
+                timeout_keep_alive=max(1, round(config.limits.head_s)),
                 timeout_graceful_shutdown=max(1, round(config.drain_s)),
-                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                h11_max_incomplete_event_size=config.limits.head_bytes,
             )
         )
 
