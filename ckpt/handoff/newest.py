@@ -162,14 +162,13 @@ class NewestVersions:
     def _settle(self, known: _Run, run: str, numbers: dict[int, bool]) -> None:
         """What a listing of the run's numbers says: walks down to the newest whole one."""
         known.claimed = max(numbers)
-        before = known.newest
         known.newest, known.open = None, set()
         for number in sorted(numbers, reverse=True):
-            if before is not None and number == before.number:
-                version: VersionEntry | None = before
-            else:
-                version = self._whole(run, number) if numbers[number] else None
+            version = self._whole(run, number) if numbers[number] else None
             if version is not None:
+                # Newer ones that were seen before are gone, or damaged by now.
+                kept = [entry for entry in known.recent if entry.number <= number]
+                known.recent = deque(kept, _RECENT)
                 self._found(known, version)
                 return
             if len(known.open) < _OPEN:
