@@ -16,7 +16,8 @@ import torch.distributed.tensor  # noqa: F401
 
 import archon_lora.engine
 import archon_lora.models.registry  # noqa: F401
-import ckpt.dcp  # noqa: F401
+import ckpt.dcp
+import ckpt.service.server  # noqa: F401
 import support.ranks_faults  # noqa: F401
 
 

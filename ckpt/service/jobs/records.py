@@ -18,6 +18,7 @@ from typing import Any, Final, cast, get_args
 from ckpt.envelope import Fields, seal, unseal, utc_now
 from ckpt.errors import AlreadyExists, DamagedError, NoCheckpoint, ObjectNotFound
 from ckpt.job_names import JOBS, job_dir, new_job_id, parse_job, parse_try, try_path
+from ckpt.layout import TMP_PREFIX
 from ckpt.storage import Storage
 from ckpt.wire import FINISHED, ErrorRow, JobKind, JobRow, JobState, VerifiedRow
 
@@ -275,6 +276,12 @@ class JobBook:
             )
         except ObjectNotFound:
             return None
+
+    def sweep(self, job: str) -> None:
+        """Delete what killed writes to the records of a job that has ended have left."""
+        for entry in self.storage.list(job_dir(job)):
+            if entry.name.startswith(TMP_PREFIX):
+                self.storage.delete(f"{job_dir(job)}/{entry.name}")
 
     def forget(self, job: str) -> None:
         """Delete the records of a job that has ended; its result goes last."""

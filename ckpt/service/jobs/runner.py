@@ -262,6 +262,7 @@ class JobRunner:
                 clean(running.go)
             done = Result(state, running.number, utc_now(), result, error)  # type: ignore[arg-type]
             self.book.finish(job.id, done)
+            self.book.sweep(job.id)
             self._ended.add(job.id)
             self._metrics.jobs.labels(self._name, job.kind, state).inc()
             log.info("job %s (%s) %s", job.id, job.kind, state)
