@@ -321,10 +321,9 @@ def prune(go: Go) -> Mapping[str, Any]:
         if held is not None:
             row.update(keep=True, reason=held)
     done = [name for name, held in fates.items() if held is None]
-    record_removal(storage, "ckpt serve", [name for name in done if names_whole(name)])
     seen = {row["name"] for row in rows}
     gone = sorted(names - seen)  # by an earlier try
-    fallen = sorted(name for name in names if fates.get(name) is None and names_whole(name))
+    fallen = sorted(name for name in {*done, *gone} if names_whole(name))
     record_removal(storage, "ckpt serve", fallen)
     return {"dry_run": False, "plan": params["confirm"], "entries": rows, "gone_before": gone}
 
