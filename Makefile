@@ -71,7 +71,8 @@ engines: $(STAMP) ## vLLM and SGLang installed, started and handed versions (see
 layouts: $(STAMP) ## every layout of ranks against every other (make test takes a sample; about 15 minutes)
 	ARCHON_LAYOUTS=full $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 3600 \
 	  tests/distributed/test_tensor_parallel.py tests/distributed/test_engine_layouts.py \
-	  tests/distributed/test_layouts.py tests/distributed/test_expert_parallel.py $(PYTEST_ARGS)
+	  tests/distributed/test_layouts.py tests/distributed/test_expert_parallel.py \
+	  tests/distributed/test_areal.py $(PYTEST_ARGS)
 
 faults: $(STAMP) ## every cell of the fault matrix (make test takes a sample; about 20 minutes)
 	CKPT_FAULTS=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout 1800 \

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         manager.save(step, state)  # ckpt
     manager.close()  # ckpt
     if own:

@@ -65,7 +65,7 @@ class ActorWorker:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def save_checkpoint(self, global_step: int) -> None:
         """Called by the trainer every ``save_freq`` steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,15 @@ def test_tensor_parallel_ranks_train_what_one_rank_trains(results: Results) -> N
         assert rank["restored_style"], "torch's styles are AReaL's again"
         assert rank["trains"] == 2 * 7 * 2, "torch's own styles make norms trainable"
     assert read_adapter(results[0] / "tensor/peft")[0]["r"] == 3
+
+
+@pytest.mark.skipif(os.environ.get("ARCHON_LAYOUTS") != "full", reason="four ranks: make layouts")
+def test_two_by_two_neither_hangs_nor_differs(tmp_path: Path) -> None:
+    for rank in run_ranks(4, ranks_areal.four_ranks, tmp_path, timeout=150):
+        assert isinstance(rank, dict)
+        assert rank["losses"] == pytest.approx(rank["expected"], abs=2e-6)
+        assert rank["worst"] < 1e-4
+        assert rank["resharded"]
 
 
 def test_factors_lie_beside_what_their_base_splits(results: Results) -> None:

@@ -260,15 +260,10 @@ def pipeline(model: Path, root: Path) -> dict[str, Any]:
     }
 
 
-def tensor_parallel(root: Path) -> dict[str, Any]:
-    """Two ranks that hold the halves of each layer, beside one that holds all of it."""
-    from areal.api import SaveLoadMeta
+def small_model(root: Path) -> Path:
+    """A directory of the stand-in's own family; the first rank writes it."""
     from areal.experimental.models.archon import small
     from safetensors.torch import save_file
-    from torch.distributed.tensor.parallel import ColwiseParallel
-
-    from archon_lora import LoRAConfig, apply_lora, get_adapter_params
-    from archon_lora.engine.areal_names import hf_module_names
 
     model = root / "small"
     if dist.get_rank() == 0:
@@ -276,22 +271,37 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
         save_file(small.random_weights(), model / "model.safetensors")
         (model / "config.json").write_text('{"model_type": "small"}')
     dist.barrier()
+    return model
+
+
+def train_on(engine: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of one update."""
+    losses: list[float] = []
+
+    def loss_fn(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        losses.append(-logprobs.mean().item())
+        return -logprobs.mean()
+
+    stats = engine.train_batch({"input_ids": ids}, loss_fn, lambda part: 1)
+    return losses[0], stats["grad_norm"]
+
+
+def tensor_parallel(root: Path) -> dict[str, Any]:
+    """Two ranks that hold the halves of each layer, beside one that holds all of it."""
+    from areal.api import SaveLoadMeta
+    from areal.experimental.models.archon import small
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    from archon_lora import LoRAConfig, apply_lora, get_adapter_params
+    from archon_lora.engine.areal_names import hf_module_names
+
+    model = small_model(root)
     split = {"tensor_parallel_size": 2}
     settings = {"target_modules": ["all-linear"]}
     engine = engine_of(model, None, split, **settings)
     batches = [
         torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(s)) for s in range(4)
     ]
-
-    def train_on(engine: Any, ids: torch.Tensor) -> tuple[float, float]:
-        losses: list[float] = []
-
-        def loss_fn(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            losses.append(-logprobs.mean().item())
-            return -logprobs.mean()
-
-        stats = engine.train_batch({"input_ids": ids}, loss_fn, lambda part: 1)
-        return losses[0], stats["grad_norm"]
 
     trained = [train_on(engine, ids) for ids in batches[:3]]
     recover = SaveLoadMeta(str(root / "recover"), "dcp", with_optim=True)
@@ -397,4 +407,39 @@ def everything(rank: int, world: int, model: Path, root: Path) -> dict[str, Any]
         "pipeline": pipeline(model, root / "pipeline"),
         "without": without_lora(model, root / "without"),
         "refused": refusals(model),
+    }
+
+
+def four_ranks(rank: int, world: int, root: Path) -> dict[str, Any]:
+    """Tensor parallelism under FSDP2 on a mesh of two by two, beside FSDP2 alone on four."""
+    sys.path.insert(0, str(SITE))
+    from areal.api import SaveLoadMeta
+
+    model = small_model(root)
+    settings = {"target_modules": ["all-linear"]}
+    split = engine_of(model, None, {"tensor_parallel_size": 2}, **settings)
+    losses = []
+    for number in range(3):
+        # Both ranks of a tensor-parallel pair see the same rows.
+        seed = torch.Generator().manual_seed(10 * number + dist.get_rank() // 2)
+        ids = torch.randint(32, (2, 8), generator=seed)
+        losses.append(train_on(split, ids)[0])
+    recover = SaveLoadMeta(str(root / "recover"), "dcp", with_optim=True)
+    split.save(recover)
+    whole = adapter(split)
+    sharded = engine_of(model, None, **settings)
+    sharded.load(recover)
+    again = adapter(sharded)
+    apart = engine_of(model, None, **settings)
+    expected = []
+    for number in range(3):
+        seed = torch.Generator().manual_seed(10 * number + dist.get_rank() // 2)
+        ids = torch.randint(32, (2, 8), generator=seed)
+        expected.append(train_on(apart, ids)[0])
+    reference = adapter(apart)
+    return {
+        "losses": losses,
+        "expected": expected,
+        "worst": max(float((whole[n] - reference[n]).abs().max()) for n in whole),
+        "resharded": all(torch.equal(again[n], whole[n]) for n in whole),
     }

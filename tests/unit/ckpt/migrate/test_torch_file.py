@@ -15,6 +15,7 @@ from torch import nn
 
 from ckpt.errors import DamagedError, ObjectNotFound, StateError
 from ckpt.migrate.torch_file import TorchFile
+from ckpt.migrate.torch_pickle import Record, StoredView
 
 
 def read(path: Path) -> Any:
@@ -106,3 +107,69 @@ def test_a_block_that_is_too_short_or_compressed_is_refused(tmp_path: Path) -> N
         read(changed(tmp_path / "x.pt", "data/0", b"a" * 33))
     with pytest.raises(DamagedError, match="byte order b'big'"):
         TorchFile(changed(tmp_path / "x.pt", "byteorder", b"big"))
+
+
+def sharded(
+    view: StoredView, shape: tuple[int, ...], placements: list[Any], mesh: dict[str, Any]
+) -> Any:
+    """A DTensor as a file describes it."""
+
+    def record(kind: str, *args: Any, **fields: Any) -> Any:
+        made = type(kind, (Record,), {"kind": kind})(*args)
+        made.__setstate__(fields)
+        return made
+
+    places = tuple(record("Replicate") if p is None else record("Shard", dim=p) for p in placements)
+    meta = record("TensorMeta", shape, (), torch.float32)
+    layout = record("DeviceMesh", **mesh)
+    spec = record("DTensorSpec", mesh=layout, placements=places, tensor_meta=meta)
+    return record("DTensor", _local_tensor=view, _spec=spec)
+
+
+def part(*shape: int) -> StoredView:
+    return StoredView("0", torch.float32, 64, 0, shape, tuple(1 for _ in shape))
+
+
+MESHES = {
+    "2.8": lambda sizes, place: {"mesh": part(*sizes), "_coordinate_on_dim": place},
+    "2.9": lambda sizes, place: {
+        "_layout": _layout(_shape=sizes),
+        "_coordinate_on_dim": place,
+    },
+}
+
+
+def _layout(**fields: Any) -> Any:
+    made = type("_MeshLayout", (Record,), {"kind": "_MeshLayout"})()
+    made.__setstate__(fields)
+    return made
+
+
+@pytest.mark.parametrize("release", MESHES)
+@pytest.mark.parametrize(
+    ("placements", "place", "local", "offsets"),
+    [
+        ([None, 0], [1, 1], (2, 4), (3, 0)),  # HSDP: replicas of shards
+        ([0, None], [0, 1], (3, 4), (0, 0)),
+        ([0, 1], [1, 0], (2, 2), (3, 0)),
+        ([0, 0], [0, 1], (1, 4), (2, 0)),  # 5 rows: 3 + 2, and of the 3: 2 + 1
+    ],
+)
+def test_a_part_lies_where_its_placements_put_it(
+    tmp_path: Path,
+    release: str,
+    placements: list[Any],
+    place: list[int],
+    local: tuple[int, ...],
+    offsets: tuple[int, ...],
+) -> None:
+    torch.save({}, tmp_path / "x.pt")
+    file = TorchFile(tmp_path / "x.pt")
+    mesh = MESHES[release]((2, 2), place)
+    found = file.piece("w", sharded(part(*local), (5, 4), placements, mesh))
+    assert (found.shape, found.offsets) == ((5, 4), offsets)
+    with pytest.raises(DamagedError, match="its placement gives"):
+        file.piece("w", sharded(part(1, 1), (5, 4), placements, mesh))
+    with pytest.raises(StateError, match="whose layout is not known"):
+        file.piece("w", sharded(part(*local), (5, 4), placements, {}))
+    file.close()
