@@ -31,6 +31,7 @@ from .paths import SourceFailed, as_views, checked_path, collect, sized_views
 from .redact import Redactor, public_url
 from .retry import Fate, RetryPolicy, fate_of, response_of
 from .s3_create import create, create_large, probe, probe_large
+from .s3_facts import S3Facts, ask
 from .s3_reap import PendingUpload, abort, pending
 from .s3_session import PART_BYTES, S3Session, ShortObject
 from .s3_upload import SINGLE_PUT_BYTES, LyingServer, multipart, put_object
@@ -276,6 +277,11 @@ class S3Storage:
         """Abort one of them; fine if it ended meanwhile."""
         key = "/".join(part for part in (self._prefix, upload.path) if part)
         self._do("abort", upload.path, lambda: abort(self._session, key, upload.upload_id))
+
+    def ask(self, path: str) -> S3Facts:
+        """What the server keeps of its promises, tried out on an object that nobody else uses."""
+        key = self._key(path)
+        return self._do("probe", path, lambda: ask(self._session, key))
 
     def presigned_url(self, path: str, expires_s: int) -> str:
         """A URL that reads an object, for ``expires_s`` seconds; signed here, without a request."""

@@ -64,6 +64,7 @@ class FakeS3:
         log: (method, key, query, headers) of every request.
         conditions: keep ``If-None-Match`` on PUT.
         multipart_conditions: keep it on the completion of a multipart upload.
+        checksums: refuse a body that does not have the CRC32 sent with it.
         headers: sent with every answer.
     """
 
@@ -76,6 +77,7 @@ class FakeS3:
     log: list[tuple[str, str, str, dict[str, str]]] = field(default_factory=list)
     conditions: bool = True
     multipart_conditions: bool = True
+    checksums: bool = True
     headers: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -187,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
                     fake.objects.pop(unescape(gone), None)
                 return 200, _xml("DeleteResult", "")
             claimed = head.get("x-amz-checksum-crc32")
-            if claimed and claimed != _crc(body):
+            if fake.checksums and claimed and claimed != _crc(body):
                 return _error(400, "BadDigest")
             if "uploads" in asked:
                 name = f"upload-{len(fake.uploads)}-{time.monotonic_ns()}"
