@@ -198,15 +198,20 @@ class Background:
     def _run(self, job: Job) -> None:
         """The whole treatment of a job."""
         error: Exception | None = None
+        handle, metrics = job.handle, job.handle.metrics
         before = self._traffic()
+
+        def measure() -> None:
+            moved = self._traffic() - before
+            metrics.store_requests, metrics.store_bytes = moved.requests, moved.moved
+            metrics.total_ms = 1e3 * (time.perf_counter() - job.started)
+
+        job.measured = measure
         try:
             self._pipeline.run(job)
         except Exception as problem:  # noqa: BLE001 - kept, and raised by the caller's next call
             error = problem
-        handle, metrics = job.handle, job.handle.metrics
-        metrics.total_ms = 1e3 * (time.perf_counter() - job.started)
-        moved = self._traffic() - before
-        metrics.store_requests, metrics.store_bytes = moved.requests, moved.moved
+        measure()
         committed = handle.committed
         if job.resumable and not (committed.done() and committed.exception() is None):
             self._lost(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,8 @@ class Job:
         costs: what each rank says of its own part, by rank; filled in on rank 0.
         metrics: the trainer's values for the manifest.
         probe: the trainer's expected outputs for the version's manifest, or None.
+        measured: brings the handle's totals up to date; called before a future is settled, so
+            that whoever waits for it finds them.
     """
 
     seq: int
@@ -68,6 +70,7 @@ class Job:
     costs: list[Mapping[str, Any]] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
     probe: Mapping[str, Any] | None = None
+    measured: Callable[[], None] = lambda: None
 
     @property
     def topic(self) -> str:

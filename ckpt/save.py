@@ -278,6 +278,7 @@ class SavePipeline:
     def _finish(self, job: Job, manifest: StepManifest | None) -> None:
         """Settle the commit, then publish; a failed publish leaves the step as it is."""
         handle = job.handle
+        job.measured()
         handle.committed.set_result(job.step if job.resumable else None)
         if not job.publish:
             handle.published.set_result(None)
@@ -292,6 +293,7 @@ class SavePipeline:
             version = VersionManifest.from_bytes(verdict.value.encode(), "rank 0's answer")
         handle.metrics.publish_ms = 1e3 * (time.perf_counter() - began)
         handle.metrics.publish_lag_ms = 1e3 * (time.perf_counter() - job.started)
+        job.measured()
         handle.published.set_result(version)
 
     def _publish(self, job: Job, manifest: StepManifest | None) -> VersionManifest:

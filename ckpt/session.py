@@ -110,6 +110,7 @@ class Beat:
         queue: steps and versions that are not settled.
         current: what is on its way, or None.
         sent_bytes: bytes read and sent since it started.
+        requests: requests that it sent to the root since it started, repetitions included.
         mirrored: steps and versions that it settled since it started.
         problem: what went wrong last, or None.
         superseded: the newer writer that has taken over the root, or None.
@@ -123,6 +124,7 @@ class Beat:
     queue: int = 0
     current: str | None = None
     sent_bytes: int = 0
+    requests: int = 0
     mirrored: int = 0
     problem: str | None = None
     superseded: int | None = None
@@ -163,7 +165,15 @@ def read_beat(tier: Path) -> Beat | None:
     """The last heartbeat, or None if there is none or it is being written just now."""
     try:
         beat = Beat(**json.loads(_beat_path(tier).read_bytes()))
-        numbers = (beat.pid, beat.queue, beat.sent_bytes, beat.superseded or 0, beat.moved, beat.at)
+        numbers = (
+            beat.pid,
+            beat.queue,
+            beat.sent_bytes,
+            beat.requests,
+            beat.superseded or 0,
+            beat.moved,
+            beat.at,
+        )
         return beat if all(isinstance(n, int | float) for n in numbers) else None
     except (OSError, ValueError, TypeError):
         return None

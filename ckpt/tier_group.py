@@ -108,11 +108,18 @@ class TierGroup:
             self._supervisor.close()
 
     def metrics(self) -> dict[str, float]:
-        """What the uploader last said: ``mirror_queue``, ``mirror_bytes``; leaders only."""
+        """What the uploader last said; leaders only.
+
+        ``mirror_queue``, ``mirror_bytes`` and ``mirror_requests``.
+        """
         beat = None if self._supervisor is None else self._supervisor.beat
         if beat is None:
             return {}
-        return {"mirror_queue": beat.queue, "mirror_bytes": beat.sent_bytes}
+        return {
+            "mirror_queue": beat.queue,
+            "mirror_bytes": beat.sent_bytes,
+            "mirror_requests": beat.requests,
+        }
 
     def steps(self) -> set[int]:
         """Numbers of the steps in this rank's tier that are in the lineage."""

@@ -200,7 +200,8 @@ class Uploader:
         """Note that the work goes on; a change is written at once, the rest by the pulse."""
         with self._lock:
             news = any(getattr(self._beat, name) != value for name, value in changes.items())
-            self._beat = replace(self._beat, moved=time.time(), **changes)
+            sent = self._remote.traffic.requests
+            self._beat = replace(self._beat, moved=time.time(), requests=sent, **changes)
             if news:
                 write_beat(self._root, self._beat)
 

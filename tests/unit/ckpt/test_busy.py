@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 
 import pytest
@@ -117,6 +118,28 @@ def test_a_save_reports_what_it_cost(tmp_path):
         assert 0 < metrics.stall_ms <= metrics.total_ms
         assert 0 < metrics.write_ms <= metrics.total_ms
         assert 0 < metrics.commit_ms <= metrics.total_ms
+
+
+@pytest.mark.parametrize("publish", [False, True])
+def test_whoever_waits_for_a_handle_finds_its_totals(tmp_path, publish):
+    run = Run()
+    run.step()
+    told: dict[str, tuple[float | None, int | None, int | None]] = {}
+
+    def note(name, metrics):
+        # Runs at the moment at which waiting threads are woken.
+        told[name] = (metrics.total_ms, metrics.store_requests, metrics.store_bytes)
+
+    with CheckpointManager(tmp_path) as manager:
+        handle = manager.save(0, run.state, publish=publish)
+        for name in ("committed", "published"):
+            future = getattr(handle, name)
+            future.add_done_callback(lambda _future, name=name: note(name, handle.metrics))
+        handle.wait(60)
+        assert None not in told["committed"]
+        assert None not in told["published"]
+        if publish:
+            assert all(map(operator.lt, told["committed"], told["published"]))
 
 
 def test_a_failed_save_is_reported_too(tmp_path, monkeypatch):

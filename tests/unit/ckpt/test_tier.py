@@ -158,6 +158,26 @@ def test_an_item_that_cannot_be_read_holds_up_no_other(places, monkeypatch):
     }
 
 
+def test_a_save_says_what_the_uploader_has_sent(places):
+    run = Run()
+    run.step()
+    remote = open_storage(places[0])
+    with CheckpointManager(places[0], local_tier=places[1]) as manager:
+        manager.save(0, run.state)
+        manager.wait()
+        tier = Tier(places[1], places[0])
+        before = remote.traffic
+        Uploader(tier, remote, Session.load(tier.storage)).round(tier.queue())
+        sent = remote.traffic - before
+        manager._tiers._supervisor._beat = read_beat(Path(places[1]))  # as its thread would
+        handle = manager.save(1, run.state)
+        manager.wait()
+    size = sum(file.stat().st_size for file in Path(places[0]).glob("steps/*/shard-*"))
+    assert size <= handle.metrics.extra["mirror_bytes"] <= sent.moved
+    # The last requests belong to what follows an upload: retention.
+    assert 4 <= handle.metrics.extra["mirror_requests"] <= sent.requests + before.requests
+
+
 def test_steps_that_only_the_tier_holds_count_as_steps(places):
     save(places, range(2))
     with CheckpointManager(places[0], local_tier=places[1]) as manager:
