@@ -33,6 +33,15 @@ def sampled(*params, also=()):
 
 
 full_only = pytest.mark.skipif(not FULL, reason="only with CKPT_FAULTS=full")
+
+
+@pytest.fixture(autouse=True)
+def _this_process_is_spared():
+    """The variable is read once in a process; what the tests put there is for uploaders."""
+    faultpoints.forget()
+    faultpoints.hit("upload.idle")
+
+
 POSIX = pytest.param("posix")
 S3 = pytest.param("s3", marks=pytest.mark.s3)
 

@@ -125,10 +125,27 @@ def test_a_forged_configuration_is_refused(
 
 
 def test_bytes_that_do_not_verify_are_refused(tmp_path: Path) -> None:
+    """Also far behind the header, in a block of their own."""
     storage = open_storage(tmp_path)
-    name = publish(storage, 1, 1)
-    whole = manifest(storage, name)
-    path = f"{ADAPTERS}/{name}/{WEIGHTS_NAME}"
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{module}.lora_a.weight": torch.ones(RANK, 700_000),
+        f"{module}.lora_b.weight": torch.ones(700_000, RANK),
+    }
+    whole = publish_version(
+        storage,
+        run=RUN,
+        export=export_of([module]),
+        source=MemorySource(tensors),
+        step=None,
+        policy_version=None,
+        epoch=1,
+        attempt=new_attempt(),
+        base=BASE,
+    )
+    want = math.sqrt(RANK**2 * 700_000.0**2)
+    assert adapter_norms(storage, whole, quiet).total == pytest.approx(want)
+    path = f"{ADAPTERS}/{whole.name}/{WEIGHTS_NAME}"
     data = bytearray(storage.read(path))
     data[-3] ^= 4
     storage.put(path, bytes(data))

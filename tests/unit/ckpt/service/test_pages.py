@@ -239,7 +239,7 @@ def test_steps_that_a_dead_trainer_left_in_flight_are_told_apart(tmp_path: Path)
     with serving(root) as client:
         assert "in flight 2" in words(checked(client.get("/runs/run7")))
     write_writer(storage, 2, (3, 1))
-    write_step(storage, 4, {"model.a": torch.ones(2)}, epoch=2)
+    write_step(storage, 6, {"model.a": torch.ones(2)}, epoch=2)
     (root / STEPS / ".tmp-00000005-beef0000").rmdir()
     with serving(root) as client:  # a newer writer has begun
         assert "in flight" not in words(checked(client.get("/runs/run7")))
