@@ -90,12 +90,21 @@ def distribute_parameters(
         module: holds the parameters, itself or in submodules.
         mesh: one dimension.
         placements: by local name.
+
+    Raises:
+        ParallelConfigError: a parameter that is a DTensor already, or none of plain numbers.
     """
     for name, placement in placements.items():
         owner, local = owner_of(module, name)
         old = owner.get_parameter(local)
         if isinstance(old, DTensor):
             msg = f"{name} of a {type(module).__name__} is sharded already; styles come first"
+            raise ParallelConfigError(msg)
+        if type(old) is not nn.Parameter:
+            msg = (
+                f"{name} of a {type(module).__name__} is a {type(old).__name__}: weights of "
+                "another kind, such as quantised ones, are not split over ranks; set tp to 1"
+            )
             raise ParallelConfigError(msg)
         # No source rank: all ranks have the same values, or none yet.
         split = distribute_tensor(old.detach(), mesh, [placement], src_data_rank=None)

@@ -254,18 +254,21 @@ class VocabularyParallel(LocalStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         super()._apply(module, device_mesh)
-        self.rows = local_slice(module.get_parameter("weight"))[0]
+        rows = local_slice(module.get_parameter("weight"))[0]
+        # On the module, not here: one style may be given to several.
+        module.vocabulary_rows = rows  # type: ignore[assignment]  # modules take any attribute
         return module
 
     def compute(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Embeddings of the tokens whose rows lie here, zero for the others."""
-        if self.rows.start == self.rows.stop:
+        rows: slice = module.__dict__["vocabulary_rows"]
+        if rows.start == rows.stop:
             # Of the parameters, so that their gradients exist and every rank joins what follows.
             nothing = torch.stack([p.sum() for p in module.parameters()]).sum() * 0.0
             weight = module.get_parameter("weight")
             return weight.new_zeros(*x.shape, weight.shape[1]) + nothing
-        elsewhere = (x < self.rows.start) | (x >= self.rows.stop)
-        inside = (x - self.rows.start).masked_fill(elsewhere, 0)
+        elsewhere = (x < rows.start) | (x >= rows.stop)
+        inside = (x - rows.start).masked_fill(elsewhere, 0)
         found = super().compute(module, inside, *args, **kwargs)
         return found.masked_fill(elsewhere[..., None], 0.0)
 

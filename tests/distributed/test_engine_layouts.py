@@ -26,7 +26,7 @@ from archon_lora.rl.loop import run_training
 from archon_lora.rl.metrics import read_metrics
 
 FULL = os.environ.get("ARCHON_LAYOUTS") == "full"
-DEADLINE = 3000.0 if FULL else 150.0
+DEADLINE = 3000.0 if FULL else 280.0
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(2 * DEADLINE)]
 
 LAYOUTS = {

@@ -32,7 +32,7 @@ from archon_lora.models.pipeline import split_decoder
 from archon_lora.models.tensor_plan import split_tensors
 from archon_lora.parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from archon_lora.placement import copy_global_, reshard
-from archon_lora.tensor_parallel import Whole
+from archon_lora.tensor_parallel import ColumnParallel, Whole
 
 
 def _line(mesh: DeviceMesh | None) -> object:
@@ -237,6 +237,10 @@ def styles(rank: int, world: int, adapter_ranks: list[int]) -> list[dict[str, An
     return results
 
 
+class Packed(nn.Parameter):
+    """A weight of another kind, as quantised layers have them."""
+
+
 def _message(call: Callable[[], object]) -> str:
     try:
         call()
@@ -250,7 +254,8 @@ def refusals(rank: int, world: int, directory: str) -> dict[str, str]:
     tp = ParallelDims(tp=2)
     line = init_device_mesh("cpu", (world,))
     dropping = LoRAConfig(rank=2, dropout=0.1)
-    bare = Net()
+    bare, packed = Net(), Net()
+    packed.up.weight = Packed(packed.up.weight.detach())
     twice = net(2)
     parallelize_module(twice, line, {"up": LoRAColwiseParallel()})
     strange = get_model_spec("qwen2").model_cls(
@@ -268,6 +273,7 @@ def refusals(rank: int, world: int, directory: str) -> dict[str, str]:
             lambda: parallelize_module(bare, line, {"up": LoRAColwiseParallel()})
         ),
         "twice": _message(lambda: parallelize_module(twice, line, {"up": LoRAColwiseParallel()})),
+        "packed": _message(lambda: parallelize_module(packed, line, {"up": ColumnParallel()})),
         "no rule": _message(lambda: split_tensors(strange, mesh)),
         "stage": _message(lambda: split_tensors(stage, mesh, sequence_parallel=True)),
         "cache": _message(lambda: _with_cache(directory)),
