@@ -49,5 +49,8 @@ def local_stack(stack: Tensor) -> Tensor:
 def _takes_kernel(x_RI: Tensor, weight_EOI: Tensor) -> bool:
     if x_RI.shape[0] == 0 or 0 in weight_EOI.shape or weight_EOI.dtype not in _KERNEL_DTYPES:
         return False
+    on_gpu = weight_EOI.is_cuda and weight_EOI.dtype is torch.bfloat16
+    if torch.compiler.is_compiling() and not on_gpu:
+        return False  # what torch (2.13) runs elsewhere, its tracer refuses
     width = weight_EOI.element_size()
     return all(size * width % _ALIGNMENT == 0 for size in weight_EOI.shape[1:])

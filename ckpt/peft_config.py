@@ -139,6 +139,11 @@ def check_plain(config: Mapping[str, Any], where: str) -> None:
         if name in PLAIN_FIELDS or any(type(value) is type(o) and value == o for o in _OFF):
             continue
         msg = f"{where}: {name}={value!r} makes it another computation than plain LoRA"
+        if name == "target_parameters":
+            msg = (
+                f"{where}: {name}={value!r}: its experts are stacked; export them one by one (ckpt "
+                "export --experts single), or load it with load_lora_adapter()"
+            )
         raise ConfigError(msg)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):

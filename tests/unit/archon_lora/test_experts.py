@@ -160,6 +160,18 @@ def test_the_kernel_and_the_loop_give_the_same_bits(monkeypatch):
     assert torch.equal(fast, grouped_linear(x, weight, COUNTS))
 
 
+# After a graph break torch's tracer asks each input for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_experts_compute_the_same():
+    model = adapted(LoRAConfig(rank=4))
+    wanted = model.experts(rows(), COUNTS)
+    model.experts.compile(backend="aot_eager")
+    found = model.experts(rows(), COUNTS)
+    torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    assert model.experts.w1_lora_a.grad.any()
+
+
 def test_the_first_output_is_the_base_and_disabling_restores_it():
     base, config = block(), LoRAConfig(rank=2)
     fresh = block()

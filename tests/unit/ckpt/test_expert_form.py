@@ -19,6 +19,7 @@ from ckpt.errors import ConfigError, DamagedError
 from ckpt.expert_form import file_key
 from ckpt.lint import lint_adapter
 from ckpt.manifest import StepManifest
+from ckpt.takeover import warm_start
 from ckpt.types import AdapterExport, TensorRule
 
 E, D, F, R = 3, 6, 4, 2
@@ -205,6 +206,15 @@ def test_a_trainers_choice_is_published_recorded_and_can_be_changed(tmp_path):
             continue
         with pytest.raises(DamagedError):
             StepManifest.from_bytes(data.replace(b'"stacked"', b'"piled up"'), "m")
+
+
+def test_a_warm_start_from_stacks_is_refused_with_the_way_out(tmp_path):
+    tensors, export = experts()
+    export_tensors(tensors, replace(export, experts="stacked"), tmp_path / "stacked")
+    with pytest.raises(
+        ConfigError, match=r"its experts are stacked; export them .*--experts single"
+    ):
+        warm_start(TrainState(Experts("single")), tmp_path / "stacked", any_base=True)
 
 
 def test_an_unknown_form_is_refused(tmp_path):
