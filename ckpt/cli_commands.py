@@ -31,6 +31,7 @@ from .cli_console import (
     write_json,
 )
 from .cli_convert import import_command
+from .cli_diff import diff_command
 from .cli_doctor import doctor_command
 from .cli_export import export_command
 from .cli_lint import lint_command
@@ -271,3 +272,4 @@ app.command("mirror")(mirror_command)
 app.command("sync")(sync_command)
 app.command("serve")(serve_command)
 app.command("doctor")(doctor_command)
+app.command("diff")(diff_command)
