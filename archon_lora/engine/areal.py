@@ -120,6 +120,12 @@ class HandOver:
         if self.engine not in (None, "vllm", "sglang"):
             msg = f"engine must be 'vllm', 'sglang' or None, got {self.engine!r}"
             raise LoRAConfigError(msg)
+        if self.engine is not None and self.root is None:
+            msg = (
+                f"engine={self.engine!r} proves published versions, and root is None: set root "
+                "(ARCHON_LORA_ROOT) too"
+            )
+            raise LoRAConfigError(msg)
 
 
 class ArchonLoRA(_Archon):

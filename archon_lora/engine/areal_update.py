@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,14 @@ class LeasedVersions:
         registry: of the root.
         keep: how many.
         lease_s: seconds that a lease lasts.
+        copies: directory with copies of this process's own, one a version; None if there are none.
     """
 
-    def __init__(self, registry: Registry, keep: int, lease_s: float) -> None:
+    def __init__(
+        self, registry: Registry, keep: int, lease_s: float, copies: Path | None = None
+    ) -> None:
         self.registry = registry
+        self._copies = copies
         self._keep = keep
         self._lease_s = lease_s
         self._holder = f"areal-{socket.gethostname()}-{os.getpid()}".replace(".", "-")
@@ -58,6 +63,8 @@ class LeasedVersions:
         self.names.append(name)
         for old in self.names[: -self._keep]:
             self.registry.release(old, self._holder)
+            if self._copies is not None:
+                shutil.rmtree(self._copies / old, ignore_errors=True)
         self.names = self.names[-self._keep :]
         for held in self.names:
             self.registry.lease(held, self._holder, self._lease_s)
@@ -151,15 +158,18 @@ def _make(engine: ArchonLoRA, meta: Any, options: HandOver) -> tuple[Path, str]:
     found: list[str] = []
     with attempt(group, what="protecting the version", timeout=timeout):
         if rank_of(group) == 0 and version is not None:
+            local = local_directory(options.root)
+            # Engines read directories: of another store's versions this node has copies.
+            copies = Path(meta.path).absolute().parent / "versions"
             if engine.leased is None:
                 registry = Registry(options.root)
-                engine.leased = LeasedVersions(registry, options.in_flight, options.lease_s)
+                own = None if local is not None else copies
+                engine.leased = LeasedVersions(registry, options.in_flight, options.lease_s, own)
             engine.leased.take(version.name)
-            local = local_directory(options.root)
             where = (
-                engine.leased.registry.fetch(version.name, Path(meta.path).parent / "versions")
-                if local is None
-                else local / "adapters" / version.name
+                local / "adapters" / version.name
+                if local is not None
+                else engine.leased.registry.fetch(version.name, copies)
             )
             found = [str(where), version.name]
     where_and_name: list[str] = gather_json(group, found, timeout=timeout)[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ranks_areal
 from support.fake_engine import FakeEngine
 from support.probed_versions import publish_for
 
@@ -18,9 +19,10 @@ from archon_lora import LoRAConfig, apply_lora
 from archon_lora.engine.areal import HandOver
 from archon_lora.engine.areal_names import GuardedNames, hf_module_names
 from archon_lora.engine.areal_tensor_parallel import check_split, factors_in_plans
-from archon_lora.engine.areal_update import LeasedVersions, _prove
+from archon_lora.engine.areal_update import LeasedVersions, _prove, hand_over
 from archon_lora.errors import LoRAConfigError, UnmappedName
 from archon_lora.targets import match_targets
+from ckpt import TrainState
 from ckpt.handoff import Registry
 from ckpt.handoff.engine import ProofError
 
@@ -97,13 +99,18 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         HandOver(in_flight=1)
     with pytest.raises(LoRAConfigError, match="engine must be"):
         HandOver(engine="tgi")
+    with pytest.raises(LoRAConfigError, match="root is None"):
+        HandOver(engine="vllm", root=None)
 
 
 def test_leases_follow_the_newest_versions(tmp_path: Path) -> None:
     versions = [publish_for(tmp_path, "r", seed, None).name for seed in range(3)]
-    leased = LeasedVersions(Registry(tmp_path), keep=2, lease_s=60)
+    copies = tmp_path / "copies"
+    leased = LeasedVersions(Registry(tmp_path), keep=2, lease_s=60, copies=copies)
     for name in versions:
         leased.take(name)
+        leased.registry.fetch(name, copies)
+    assert sorted(path.name for path in copies.iterdir()) == versions[1:]
     held = {name: len(Registry(tmp_path).leases(name)) for name in versions}
     assert list(held.values()) == [0, 1, 1]
     leased.close()
@@ -128,6 +135,41 @@ def test_a_replica_proves_what_it_serves_under_areals_name(tmp_path: Path) -> No
         with pytest.raises(ProofError):
             _prove("vllm", address, other, wrong, "lora-v2")
         driver.close()
+
+
+@pytest.mark.s3
+def test_a_version_on_s3_is_loaded_from_a_copy_on_the_node(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ranks_areal.SITE))
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})})
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    rollout = ranks_areal.Rollout()
+    engine: Any = SimpleNamespace(
+        cpu_group=None,
+        config=SimpleNamespace(experiment_name="e", trial_name="t"),
+        rollout_engine=rollout,
+        manager=None,
+        leased=None,
+        handed_over=None,
+        get_version=lambda: 0,
+        train_state=lambda **parts: TrainState(model, **parts),
+    )
+    options = HandOver(root=s3.url("areal"), in_flight=2)
+    meta = SimpleNamespace(type="disk", use_lora=True, lora_name="lora")
+    meta.clear_checkpoint_after_load = True
+    for version in range(3):
+        meta.version, meta.path = version, str(tmp_path / f"weight_update_v{version}")
+        rollout.version = 0  # the engine's, which the client's follows
+        hand_over(engine, meta, options)
+    names = [f"run-v{number:08}" for number in (1, 2, 3)]
+    assert [Path(path).name for _, path, _, _ in rollout.loaded] == names
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == names[1:]
+    assert (tmp_path / "versions" / names[-1] / "adapter_model.safetensors").is_file()
+    engine.leased.close()
+    engine.manager.close()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "areal"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_a_plan_that_is_not_known_and_a_layer_that_it_leaves_whole_are_refused() -> None:
