@@ -43,7 +43,7 @@ def adapter_values(
     rank: int,
     world: int,
 ) -> dict[str, torch.Tensor]:
-    """New CPU tensors for this rank's part of every live tensor; nothing live changes.
+    """New CPU tensors for this rank's part of every live tensor of the adapter; nothing changes.
 
     A rank reads the rows that its parts lie in. Rows that are padding are looked at by one rank.
 
@@ -66,9 +66,11 @@ def adapter_values(
         for number, match in enumerate(matches)
         for take in _takes(file, match, pieces[match.rule.source], padding=number % world == rank)
     ]
+    # Only what is read: other adapters of the model keep their values.
+    sources = dict.fromkeys(match.rule.source for match in matches)
     values = {
-        name: torch.empty(piece.sizes, dtype=TORCH_DTYPES[piece.dtype])
-        for name, piece in pieces.items()
+        name: torch.empty(pieces[name].sizes, dtype=TORCH_DTYPES[pieces[name].dtype])
+        for name in sources
     }
     for take, data in zip(wanted, file.read([take.span for take in wanted]), strict=True):
         entry = file.tensors[take.match.key]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ckpt
 from archon_lora import (
     AdapterMismatch,
     LoRAConfig,
@@ -259,6 +260,28 @@ def test_one_checkpoint_holds_all_and_one_export_one(tmp_path: Path) -> None:
         torch.testing.assert_close(values(target)[name], before[name], rtol=2e-2, atol=2e-2)
     for name in get_adapter_params(net, adapter="default"):
         assert torch.equal(values(target)[name], values(adapted(seed=7))[name])
+
+
+def test_a_warm_start_of_one_leaves_the_others_alone(tmp_path: Path) -> None:
+    source = Net()
+    apply_lora(source, POLICY)
+    with torch.no_grad():
+        for parameter in get_adapter_params(source).values():
+            parameter.normal_()
+    with CheckpointManager(str(tmp_path / "run"), publish_dtype="float32") as manager:
+        manager.save(0, TrainState(source), publish=True).wait()
+    (config,) = (tmp_path / "run" / "adapters").rglob("adapter_config.json")
+    theirs = get_adapter_params(source)
+    for name in ("default", "reference"):
+        net = adapted()
+        before = values(net)
+        state = TrainState(net, export=peft_export(net, adapter=name))
+        ckpt.warm_start(state, str(config.parent))
+        mine = get_adapter_params(net, adapter=name)
+        for other, value in values(net).items():
+            assert torch.equal(value, before[other]) == (other not in mine), other
+        for parameter, value in zip(mine.values(), theirs.values(), strict=True):
+            torch.testing.assert_close(parameter, value)
 
 
 def test_a_resume_without_the_reference_is_refused(tmp_path: Path) -> None:
