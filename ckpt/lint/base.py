@@ -27,6 +27,9 @@ EXPERTS_3D: Final = frozenset(
 )
 """Models for which vLLM wants one tensor for all experts instead of one for each."""
 
+EXPERTS_STACKED: Final = frozenset({"qwen3_5_moe", "qwen3_5_moe_text"})
+"""Models of which PEFT reads adapters on experts in the stacked form only."""
+
 EMBEDDING_LORA: Final = frozenset({"llama", "qwen3", "qwen3_moe", "mixtral"})
 """Models on whose embeddings and output head vLLM takes an adapter."""
 

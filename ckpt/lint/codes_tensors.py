@@ -224,6 +224,12 @@ TENSOR_RULES: Final = (
         },
     ),
     Rule(
+        "moe-experts-single",
+        "experts one by one, of a model whose experts PEFT wants stacked",
+        "export them stacked: ckpt export --experts stacked",
+        {"peft": (_WRONG, "loads the adapter without them and says nothing")},
+    ),
+    Rule(
         "moe-experts-missing",
         "some experts of a layer without factors",
         "export every expert",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from .base import EXPERTS_3D
+from .base import EXPERTS_3D, EXPERTS_STACKED
 from .codes_tensors import TENSOR_RULES
 from .finding import Finding, findings
 from .subject import Subject, parse_expert
@@ -81,6 +81,8 @@ def expert_findings(subject: Subject) -> Iterator[Finding]:
         if parsed is not None:
             block, number, projection = parsed
             ranks.setdefault(block, {}).setdefault(projection, {})[number] = factor.rank or 0
+    if subject.base is not None and subject.base.model_type in EXPERTS_STACKED:
+        yield from _experts("moe-experts-single", list(ranks), "has an adapter for each expert")
     missing: list[str] = []
     unequal: list[str] = []
     for block, projections in ranks.items():

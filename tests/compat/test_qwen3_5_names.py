@@ -37,6 +37,7 @@ from archon_lora.errors import ModelLoadError, UnmappedName
 from archon_lora.models.experts import GroupedExperts
 from archon_lora.models.qwen3_5_names import Qwen3_5Layers, Qwen3_5StateDictAdapter
 from ckpt.consolidate import export_tensors
+from ckpt.lint import BaseModel, lint_adapter
 from ckpt.train_state import export_of
 
 pytestmark = [
@@ -206,6 +207,29 @@ def test_an_adapter_on_everything_is_where_peft_puts_it(kind, directory, adapter
     assert all(name.startswith(f"base_model.model.{prefix}layers.") for name in saved)
     back = adapter.from_hf(saved)
     assert back.keys() == get_adapter_state_dict(model).keys()
+
+
+def test_peft_drops_experts_that_come_one_by_one_and_lint_says_so(tmp_path):
+    cls, config_cls, values = KINDS["moe"]
+    torch.manual_seed(4)
+    base = cls(config_cls(**values))
+    base.save_pretrained(tmp_path / "base")
+    adapter = Qwen3_5StateDictAdapter(Qwen3_5Layers.from_hf(tmp_path / "base"))
+    weights = adapter.from_hf(load_file(tmp_path / "base" / "model.safetensors"))
+    model = archon_tree(weights, set(adapter._written_out(adapter.to_peft_module_map())))
+    apply_lora(model, LoRAConfig(rank=2), name_map=adapter.module_to_hf)
+    with torch.no_grad():
+        for parameter in get_adapter_params(model).values():
+            parameter.fill_(0.5)
+    export = export_of(peft_export(model))
+    export_tensors(get_adapter_state_dict(model), export, tmp_path / "out", dtype="float32")
+    loaded = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    stack = "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(merged[stack], dict(base.named_parameters())[stack])
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    found = lint_adapter(tmp_path / "out", base=BaseModel.from_config(config))
+    assert "moe-experts-single" in {finding.code for finding in found if finding.engine == "peft"}
 
 
 def test_other_configurations_are_refused():

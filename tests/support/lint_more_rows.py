@@ -352,6 +352,13 @@ MORE: dict[str, Row] = {
         lambda: experts(0, 2), "moe-experts-missing", vllm=REFUSED, base=False
     ),
     "every-expert": row(lambda: experts(0, 1, 2), base=False),
+    "experts-one-by-one": row(
+        lambda: experts(0, 1, 2),
+        "moe-experts-single",
+        peft=WRONG,
+        base=False,
+        family="qwen3_5_moe_text",
+    ),
     "experts-of-two-ranks": row(
         lambda: experts(0, 1, ranks={1: 2}, rank_pattern={r"experts\.1\.\w+": 2}),
         "moe-experts-ranks",

@@ -274,7 +274,7 @@ class Row:
     """One kind of adapter: which rules it breaks, and the gravest effect at every engine.
 
     An engine that is not named computes what was trained. With ``doubtful``, the adapter does not
-    show it for certain, so that all is a warning.
+    show it for certain, so that all is a warning. ``family`` is of a base model of another kind.
     """
 
     build: Callable[[], Adapter]
@@ -284,6 +284,7 @@ class Row:
     sglang: Effect | None = None
     doubtful: bool = False
     base: bool = True
+    family: str | None = None
 
 
 def row(build: Callable[[], Adapter], *codes: str, **effects: Effect) -> Row:
