@@ -1,35 +1,26 @@
 """Who writes which bytes: DCP's planner, run over descriptions instead of pickled plans.
 
 Every rank describes its pieces with DCP's own local planner. Rank 0 checks that the ranks mean
-the same state, lets DCP drop the duplicates of replicated tensors, and proves that what is left
-covers every tensor exactly once. The result is cached under a fingerprint; while that holds, a
-save neither plans nor talks to another rank.
+the same state, deals out what several ranks hold, and proves that what is left covers every tensor
+exactly once. The result is cached under a fingerprint; while that holds, a save neither plans nor
+talks to another rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import (  # type: ignore[attr-defined]
-    create_default_local_save_plan,
-    dedup_save_plans,  # DCP's own rule for replicas; imported where its planner has it
-)
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import ReadItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from .coverage import tiling_problem
@@ -211,7 +202,9 @@ def every_tensor(pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
 def assign(pieces: Sequence[Sequence[Piece]], *, parted: bool = False) -> list[list[Piece]]:
     """Decide which rank writes which pieces, each element exactly once.
 
-    Replicas go to the rank with the least to write so far (DCP's rule).
+    Each goes to the holder with the least to write so far; those with few holders come first, and
+    among these the largest. (DCP's rule goes rank by rank: under tensor parallelism it gives
+    everything that is whole on all ranks to the second one.)
 
     Args:
         pieces: what every rank holds, by rank.
@@ -226,12 +219,11 @@ def assign(pieces: Sequence[Sequence[Piece]], *, parted: bool = False) -> list[l
             msg = f"ranks disagree about what is saved: {found}"
             raise PlanError(msg)
     everything = every_tensor(pieces)
-    plans = [SavePlan([_write_item(piece) for piece in held if not piece.empty]) for held in pieces]
-    kept = dedup_save_plans(plans)
-    assigned = []
-    for held, plan in zip(pieces, kept, strict=True):
-        names = {item.index.fqn for item in plan.items}
-        assigned.append([piece for piece in held if piece.name in names])
+    writers = _writers(pieces)
+    assigned = [
+        [piece for piece in held if writers.get(_box(piece)) == rank]
+        for rank, held in enumerate(pieces)
+    ]
     boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for mine in assigned:
         for piece in mine:
@@ -242,6 +234,32 @@ def assign(pieces: Sequence[Sequence[Piece]], *, parted: bool = False) -> list[l
             msg = f"{piece.name}: {problem}; its placement over the ranks is not understood"
             raise PlanError(msg)
     return assigned
+
+
+_Box = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A tensor's name, and a place in it: what replicas have in common."""
+
+
+def _box(piece: Piece) -> _Box:
+    return piece.name, piece.offsets, piece.sizes
+
+
+def _writers(pieces: Sequence[Sequence[Piece]]) -> dict[_Box, int]:
+    """The rank that writes each box; boxes without elements are left out."""
+    holders: dict[_Box, list[int]] = {}
+    sizes: dict[_Box, int] = {}
+    for rank, held in enumerate(pieces):
+        for piece in held:
+            if not piece.empty:
+                holders.setdefault(_box(piece), []).append(rank)
+                sizes[_box(piece)] = math.prod(piece.sizes) * TORCH_DTYPES[piece.dtype].itemsize
+    load = [0] * len(pieces)
+    # What few hold comes first: only then is it known who has room for what many hold.
+    for box in sorted(holders, key=lambda box: (len(holders[box]), -sizes[box])):
+        rank = min(holders[box], key=load.__getitem__)
+        load[rank] += sizes[box]
+        holders[box] = [rank]
+    return {box: ranks[0] for box, ranks in holders.items()}
 
 
 def with_copies(
@@ -348,16 +366,3 @@ def read_items(record: TensorRecord, piece: Piece) -> list[tuple[Chunk, ReadItem
         offset = item.storage_index.offset
         pairs.append((by_offset[tuple(offset or ())], item))
     return pairs
-
-
-def _write_item(piece: Piece) -> WriteItem:
-    offsets = torch.Size(piece.offsets)
-    return WriteItem(
-        index=MetadataIndex(piece.name, offsets),
-        type=WriteItemType.SHARD if piece.sharded else WriteItemType.TENSOR,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets, torch.Size(piece.sizes)),
-            properties=TensorProperties(dtype=TORCH_DTYPES[piece.dtype]),
-            size=torch.Size(piece.shape),
-        ),
-    )

@@ -170,6 +170,31 @@ def test_replicas_are_written_once_and_spread():
     assert [len(mine) for mine in assigned] == [2, 2]
 
 
+def test_what_is_whole_goes_to_ranks_that_have_room():
+    """Tensor parallelism: one factor is split, the other one is whole on every rank."""
+    ranks = range(4)
+    held = [
+        [
+            piece
+            for n in range(12)
+            for piece in (
+                Piece(f"b{n}", "F32", (40, 4), (10 * rank, 0), (10, 4), True),
+                Piece(f"a{n}", "F32", (4, 30), (0, 0), (4, 30), True),
+                # Two of the ranks hold another copy of a large one: they have less room.
+                *([Piece(f"c{n}", "F32", (9, 9), (0, 0), (9, 9), True)] if rank < 2 else []),
+            )
+        ]
+        for rank in ranks
+    ]
+    assigned = assign(held, parted=True)
+    names = sorted(p.name for mine in assigned for p in mine)
+    once = [f"{x}{n}" for x in "ac" for n in range(12)]
+    assert names == sorted([*once, *[f"b{n}" for n in range(12)] * 4])
+    loads = [sum(math.prod(p.sizes) for p in mine) for mine in assigned]
+    assert max(loads) < 1.1 * min(loads)
+    assert [len([p for p in mine if p.name[0] == "b"]) for mine in assigned] == [12] * 4
+
+
 def test_empty_pieces_are_not_stored_and_empty_tensors_are_known():
     held = [
         [p, Piece("none", "F32", (0, 3), (0, 0), (0, 3), False)]
