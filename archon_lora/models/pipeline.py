@@ -77,8 +77,9 @@ def split_decoder(model: Decoder, stages: int, mine: Sequence[int]) -> list[Deco
     tied = model.output is None
     if tied and stages > 1 and any(p.requires_grad for p in model.tok_embeddings.parameters()):
         msg = (
-            "the head of this model is its embedding (tie_word_embeddings), which trains and would "
-            "lie on the first and the last pipeline stage; use LoRA, which freezes it, or pp=1"
+            "the head of this model is its embedding (tie_word_embeddings), which trains or has an "
+            "adapter, and would lie on the first and the last pipeline stage; adapt other modules "
+            "only, which freezes it, or set pp=1"
         )
         raise ParallelConfigError(msg)
     everything = base_tensors(model).keys()

@@ -138,7 +138,7 @@ def test_a_stage_reads_its_own_weights_and_checks_the_rest(directory: Path) -> N
 def test_a_tied_head_that_trains_is_refused(tmp_path: Path) -> None:
     directory = write_tiny_qwen2(tmp_path, **SIZES, tie=True)
     model, _ = _adapted(directory, lora=None)
-    with pytest.raises(ParallelConfigError, match="use LoRA, which freezes it, or pp=1"):
+    with pytest.raises(ParallelConfigError, match="adapt other modules only, which freezes it"):
         split_decoder(model, 2, [0])
 
 
