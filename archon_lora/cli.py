@@ -49,7 +49,6 @@ app = typer.Typer(
     name="archon-lora",
     help="LoRA reinforcement learning with resumable, sharded checkpoints.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -80,6 +79,10 @@ def train(
             help="A replica, such as http://127.0.0.1:8000; once for each (engine.urls).",
         ),
     ] = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print every setting as the run would have it."),
+    ] = False,
 ) -> None:
     """Train an adapter, going on from the newest checkpoint if there is one.
 
@@ -87,17 +90,23 @@ def train(
     ``torchrun --nproc-per-node N -m archon_lora.cli train CONFIG``.
     """
     from archon_lora.rl.config import load_config
-    from archon_lora.rl.loop import run_training
+    from archon_lora.rl.settings import config_text, environment_overrides
 
     logging.basicConfig(format=f"archon-lora{_rank_note()}: %(message)s", level=logging.WARNING)
-    settings = list(overrides or ())
+    settings = [*environment_overrides(os.environ), *(overrides or ())]
     if warm_start is not None:
         settings.append(f"warm_start.url={json.dumps(warm_start)}")
     if rollout is not None:
         settings.append(f"rollout.source={json.dumps(rollout)}")
     if engines:
         settings.append(f"engine.urls={json.dumps(engines)}")
-    stopped = run_training(load_config(config, settings))
+    loaded = load_config(config, settings)
+    if print_config:
+        sys.stdout.write(config_text(loaded))
+        return
+    from archon_lora.rl.loop import run_training
+
+    stopped = run_training(loaded)
     if stopped is not None:
         note = f"step {stopped} is committed; the same command goes on from it"
         sys.stderr.write(f"archon-lora{_rank_note()}: stopped by a signal: {note}\n")

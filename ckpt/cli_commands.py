@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final, cast
 
 import typer
 from rich.text import Text
+from typer.core import TyperGroup
 
 from . import cli_tables as show
 from .about import package_version
 from .catalog import Problem, StepEntry, check_step, check_writers, find_step, list_steps
+from .cli_config import ENVIRONMENT, PREFIX, config_text, find_config, read_config
 from .cli_console import (
     FOUND,
     USAGE,
@@ -40,7 +43,7 @@ from .cli_prune import pin_command, prune_command, unpin_command
 from .cli_serve import serve_command
 from .cli_sync import sync_command
 from .cli_versions import publish_command, versions_command
-from .errors import NoCheckpoint
+from .errors import ConfigError, NoCheckpoint
 from .storage import Storage
 from .types import FileRecord
 from .versions import (
@@ -56,7 +59,7 @@ _PIPE_WIDTH: Final = 120
 app = typer.Typer(
     name="ckpt",
     no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 
@@ -82,12 +85,36 @@ app.command("import")(import_command)
 
 @app.callback()
 def top(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            envvar=ENVIRONMENT,
+            help="TOML file with defaults for options; ckpt.toml here, if there is one.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print what every option is now, and from where.")
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Look at, verify, export and prune what a run saved: its steps and published adapters."""
+    with reported(as_json=False):
+        # Here and not in the group's settings: the options above have no need of variables.
+        context.auto_envvar_prefix = PREFIX
+        commands = cast("TyperGroup", context.command).commands
+        path = find_config(config)
+        if path is not None:
+            context.default_map = read_config(path, commands)
+        if print_config:
+            sys.stdout.write(config_text(context, commands))
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            raise ConfigError("name a command; `ckpt --help` lists them")
 
 
 @app.command("ls")
@@ -262,6 +289,7 @@ def _print_verdicts(results: Sequence[Mapping[str, Any]], damaged: int) -> None:
 
 
 app.command("export")(export_command)
+app.command("consolidate", help="Another name for `ckpt export`.")(export_command)
 app.command("lint")(lint_command)
 app.command("versions")(versions_command)
 app.command("publish")(publish_command)
