@@ -14,7 +14,8 @@ from .adapter import AppliedLoRA, applied_lora, get_adapter_params, require_whol
 from .bases import check_base
 from .candidates import check_candidate, check_targetable, output_names, owners_of, untargetable
 from .config import LoRAConfig, check_config
-from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError, TargetError
+from .embedding import EmbeddingPair, LoRAEmbedding
+from .errors import AdapterMismatch, LoRAConfigError, NoAdapterError
 from .expert_targets import by_stack, chosen_stacks, expert_names, stack_settings
 from .experts import LoRAGroupedExperts
 from .factors import LoRAPair
@@ -68,28 +69,14 @@ def add_adapter(
     settings = stack_settings(config, grouped)
     owners = owners_of(model)
     for fqn, hf in found.matched.items():
-        if isinstance(modules[fqn], nn.Embedding):
-            msg = f"{hf} is an embedding, which holds the default adapter only"
-            raise TargetError(msg)
-        if not isinstance(modules[fqn], LoRALinear):
+        if not isinstance(modules[fqn], LoRALinear | LoRAEmbedding):
             check_candidate(modules, fqn, hf, owners)
-    layers: dict[str, LoRALinear] = {}
-    fresh: dict[str, nn.Module] = {}
-    for fqn in found.matched:
-        module = modules[fqn]
-        if not isinstance(module, LoRALinear):
-            module = LoRALinear.without_default(check_base(module, fqn), fqn=fqn)
-            fresh[fqn] = module
-        layers[fqn] = module
-    pairs = {
-        fqn: _pair(layer, name, config, hf=found.matched[fqn], trainable=trainable)
-        for fqn, layer in layers.items()
-    }
+    holders = {fqn: _holder(modules[fqn], fqn) for fqn in found.matched}
     paths = {id(module): path for path, module in model.named_modules()}
-    for fqn, layer in fresh.items():
-        model.set_submodule(paths[id(modules[fqn])], layer)
-    for fqn, pair in pairs.items():
-        layers[fqn].put_adapter(name, pair)
+    for fqn, holder in holders.items():
+        if holder is not modules[fqn]:
+            model.set_submodule(paths[id(modules[fqn])], holder)
+        _put(holder, name, config, hf=found.matched[fqn], trainable=trainable)
     for fqn, targets in settings.items():
         experts = modules[fqn]
         if not isinstance(experts, LoRAGroupedExperts):
@@ -118,7 +105,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         raise NoAdapterError(msg)
     require_whole(model, "remove_adapter()")
     for _, module in list(adapter_modules(model)):
-        if isinstance(module, LoRALinear | LoRAGroupedExperts):
+        if isinstance(module, LoRALinear | LoRAEmbedding | LoRAGroupedExperts):
             if name in module.adapter_names():
                 module.drop_adapter(name)
             if module.active == name:
@@ -172,7 +159,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             raise AdapterMismatch(msg)
         plan.append((slot, value))
     for fqn, module in adapter_modules(model):
-        if isinstance(module, LoRALinear | LoRAGroupedExperts):
+        if isinstance(module, LoRALinear | LoRAEmbedding | LoRAGroupedExperts):
             if source not in module.adapter_names():
                 continue
             theirs, ours = _scalings(module, source), _scalings(module, target)
@@ -183,8 +170,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         target_part.copy_(source_part)
 
 
-def _scalings(module: LoRALinear | LoRAGroupedExperts, adapter: str) -> str:
-    if isinstance(module, LoRALinear):
+def _scalings(module: LoRALinear | LoRAEmbedding | LoRAGroupedExperts, adapter: str) -> str:
+    if isinstance(module, LoRALinear | LoRAEmbedding):
         return f"{module.adapter_of(adapter).scaling:g}"
     held = module.adapter_of(adapter).scalings
     return ", ".join(f"{scaling:g} ({stack})" for stack, scaling in sorted(held.items()))
@@ -243,9 +230,27 @@ def _check_name(model: nn.Module, name: object) -> None:
         raise LoRAConfigError(msg)
 
 
-def _pair(
-    layer: LoRALinear, name: str, config: LoRAConfig, *, hf: str, trainable: bool
-) -> LoRAPair:
+def _holder(module: nn.Module, fqn: str) -> LoRALinear | LoRAEmbedding:
+    """What can hold one more adapter: the module itself, or a new one to take its place."""
+    if isinstance(module, LoRALinear | LoRAEmbedding):
+        return module
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding.without_default(module, fqn=fqn)
+    return LoRALinear.without_default(check_base(module, fqn), fqn=fqn)
+
+
+def _put(
+    holder: LoRALinear | LoRAEmbedding, name: str, config: LoRAConfig, *, hf: str, trainable: bool
+) -> None:
+    fqn = f"{holder.fqn}.adapters.{name}"
+    if isinstance(holder, LoRAEmbedding):
+        made = EmbeddingPair(holder, config, hf=hf, fqn=fqn, trainable=trainable)
+        holder.put_adapter(name, made)
+    else:
+        holder.put_adapter(name, _pair(holder, config, hf=hf, fqn=fqn, trainable=trainable))
+
+
+def _pair(layer: LoRALinear, config: LoRAConfig, *, hf: str, fqn: str, trainable: bool) -> LoRAPair:
     pair = LoRAPair(
         layer.in_features,
         layer.out_features,
@@ -256,7 +261,7 @@ def _pair(
         init=config.init,
         adapter_dtype=config.adapter_dtype,
         device=layer.weight.device,
-        fqn=f"{layer.fqn}.adapters.{name}",
+        fqn=fqn,
         seed=config.seed,
         trainable=trainable,
     )

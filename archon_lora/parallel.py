@@ -58,7 +58,8 @@ def _factors_a(module: nn.Module) -> Iterator[nn.Parameter]:
         for name in module.adapter_names():
             yield module.adapter_of(name).lora_a.get_parameter("weight")
     elif isinstance(module, LoRAEmbedding):
-        yield module.lora_embedding_a
+        for name in module.adapter_names():
+            yield module.adapter_of(name).lora_embedding_a
 
 
 def adapter_shard_placement(model: nn.Module, *, shards: int | None = None) -> ShardPlacementFn:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapter import AppliedLoRA
-from .embedding import EMBEDDING_FACTORS, LoRAEmbedding
+from .embedding import LoRAEmbedding
 from .errors import NoAdapterError
 from .experts import LoRAGroupedExperts, factor_names
 from .linear import LoRALinear
@@ -84,7 +84,7 @@ def adapter_sites(
         layer = modules.get(fqn)
         if isinstance(layer, LoRAEmbedding):
             if adapter in layer.adapter_names():
-                sites[hf] = _embedding_site(layer, fqn)
+                sites[hf] = _embedding_site(layer, fqn, adapter)
             continue
         if not isinstance(layer, LoRALinear):
             gone.append(fqn)
@@ -116,10 +116,11 @@ def adapter_sites(
     return sites
 
 
-def _embedding_site(layer: LoRAEmbedding, fqn: str) -> AdapterSite:
-    a_name, b_name = (f"{fqn}.{name}" for name in EMBEDDING_FACTORS)
-    a, b = layer.lora_embedding_a, layer.lora_embedding_b
-    return AdapterSite(a, b, a_name, b_name, None, layer.rank, layer.scaling, embedding=True)
+def _embedding_site(layer: LoRAEmbedding, fqn: str, adapter: str) -> AdapterSite:
+    held = layer.adapter_of(adapter)
+    a_name, b_name = (f"{fqn}.{name}" for name in layer.params_of(adapter))
+    a, b = held.lora_embedding_a, held.lora_embedding_b
+    return AdapterSite(a, b, a_name, b_name, None, held.rank, held.scaling, embedding=True)
 
 
 _HOLDERS = (LoRALinear, LoRAEmbedding, LoRAGroupedExperts)

@@ -12,14 +12,19 @@ from torch.distributed.tensor import Shard
 
 from archon_lora import (
     LoRAConfig,
+    adapter_mode,
     adapter_shard_placement,
+    add_adapter,
     apply_lora,
+    copy_adapter,
     get_adapter_params,
     initialise_adapters,
+    remove_adapter,
 )
 from archon_lora.embedding import LoRAEmbedding
 from archon_lora.errors import ParallelConfigError
 from archon_lora.tensor_parallel import VocabularyParallel
+from ckpt import TrainState
 from ckpt.errors import ConfigError
 from ckpt.handoff.proof import _has_effect
 from ckpt.peft_config import config_bytes, split_key
@@ -112,3 +117,39 @@ def test_an_adapter_has_an_effect_if_neither_factor_is_zero(
     config = CONFIG.to_peft(target_modules=["embed_tokens"])
     (tmp_path / "adapter_config.json").write_bytes(config_bytes(config))
     assert _has_effect(tmp_path) is felt
+
+
+@pytest.mark.parametrize("first", ["embed_tokens", "q_proj"])
+def test_other_adapters_compute_and_are_copied_and_removed_by_name(first: str) -> None:
+    net = Net()
+    config = LoRAConfig(rank=2, alpha=6, target_modules=[first])
+    apply_lora(net, config)
+    add_adapter(net, "more", LoRAConfig(rank=3, alpha=3, target_modules=["embed_tokens"]))
+    add_adapter(net, "reference", config, trainable=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in get_adapter_params(net, frozen=True).values():
+            parameter.normal_()
+    layer = net.embed_tokens
+    assert isinstance(layer, LoRAEmbedding)
+    pair = layer.adapters["more"]
+    base = layer.weight[IDS]
+    with adapter_mode(net, "more"):
+        update = pair.lora_embedding_a.T[IDS] @ pair.lora_embedding_b.T
+        torch.testing.assert_close(layer(IDS), base + update)
+        layer(IDS).square().sum().backward()
+        grads = {n for n, p in net.named_parameters() if p.grad is not None}
+        assert grads == set(get_adapter_params(net, adapter="more"))
+    assert torch.equal(layer(IDS), base) == (first == "q_proj")
+    before = net(IDS)
+    copy_adapter(net, "default", "reference")
+    with adapter_mode(net, "reference"):
+        assert torch.equal(net(IDS), before)
+    assert not any("reference" in name for name in get_adapter_params(net))
+    saved = {name.removeprefix("model.") for name in TrainState(net).live().tensors}
+    assert saved == set(get_adapter_params(net, frozen=True))
+    place = adapter_shard_placement(net, shards=4)
+    assert place(pair.lora_embedding_a) == Shard(1)
+    remove_adapter(net, "more")
+    assert "more" not in layer.adapter_names()
+    assert torch.equal(net(IDS), before)
