@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 test-quant engines layouts faults bench bench-full bench-readme bench-peers \
+.PHONY: help setup demo test test-fast test-s3 test-quant engines layouts faults service-full bench bench-full bench-readme bench-peers \
   lint fmt constraints clean
 
 help: ## show this list
@@ -83,6 +83,11 @@ test-quant: $(STAMP) ## adapters over bases that torchao and bitsandbytes quanti
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[quant]'
 	$(BIN)/python -m pytest tests/unit/archon_lora/test_quantised.py $(PYTEST_ARGS)
+
+service-full: $(STAMP) ## every cell of the service's tests: kills, requests made from the schema, 500 long polls
+	CKPT_FAULTS=full CKPT_SERVICE=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  tests/faults/test_service_sigkill.py tests/contract/test_service_api.py \
+	  tests/contract/test_service_load.py $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 10 minutes)
 	$(BIN)/python -m benchmarks

@@ -23,6 +23,7 @@ from .processes import Settings, run_section
 from .readme import refresh
 from .rows import rows
 from .saves import core_saves, saves
+from .service import service
 from .slowdown import slowdown
 from .tables import as_markdown, describe, environment, reached_table
 from .workload import WORKLOADS
@@ -73,6 +74,7 @@ def _sections() -> Mapping[str, Callable[[Settings, Settings], Any]]:
         "handoff": lambda disk, memory: run_section(handoff, disk),
         "handoff-memory": lambda disk, memory: run_section(handoff, memory),
         "handoff-s3": lambda disk, memory: run_section(handoff_s3, disk),
+        "service": lambda disk, memory: run_section(service, disk),
         "loads": lambda disk, memory: run_section(loads, disk),
         "memory": lambda disk, memory: {
             name: run_section(section, disk) for name, section in SECTIONS.items()

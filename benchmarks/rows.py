@@ -75,7 +75,7 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
     Args:
         sections: results by name; ``layers``, ``saves-1``, ``saves-2``, ``saves-memory``,
             ``slowdown``, ``publishes``, ``publishes-memory``, ``uploads``, ``handoff``,
-            ``handoff-memory``, ``handoff-s3``, ``loads``, ``memory``.
+            ``handoff-memory``, ``handoff-s3``, ``loads``, ``service``, ``memory``.
     """
     found: list[Row] = []
     if "layers" in sections:
@@ -109,6 +109,8 @@ def rows(sections: Mapping[str, Any]) -> list[Row]:
             found += [_handoff(sections[name], place)]
     if "handoff-s3" in sections:
         found += _handoff_s3(sections["handoff-s3"])
+    if "service" in sections:
+        found += _service(sections["service"])
     if "memory" in sections:
         found += [_memory(sections["memory"])]
     return found
@@ -276,3 +278,42 @@ def _memory(section: Any) -> Row:
         peer=None if peer is None else (DcpAsync.name, Spread.of([peer["per_save"] / state])),
         note=f"held from the first save on, arena included: {ours['held'] / state:.1f}",
     )
+
+
+def _service(section: Any) -> list[Row]:
+    rounds = section["rounds"]
+    small, *_, large = rounds
+    polling = Spread.of(values_of(rounds, large, "poll"))
+    listed = section["listings"][large]
+    return [
+        Row(
+            f"lookup of the newest version over HTTP, {large} / {small}",
+            ratio(rounds, (large, "lookup"), (small, "lookup")),
+            1.2,
+        ),
+        Row(
+            f"commit to server-sent event, {large} / {small}",
+            ratio(rounds, (large, "notice"), (small, "notice")),
+            1.2,
+        ),
+        Row(
+            f"commit to server-sent event, {large}",
+            Spread.of(values_of(rounds, large, "notice")),
+            25.0,
+            unit="ms",
+            peer=("listing the root every 20 ms", polling),
+        ),
+        Row(
+            "the same, 99th percentile",
+            Spread.of(values_of(rounds, large, "notice_p99")),
+            100.0,
+            unit="ms",
+        ),
+        Row(
+            f"listing {listed['steps']:.0f} steps with {section['objects']} objects, a step",
+            Spread.of([listed["first"] / listed["steps"]]),
+            1.0,
+            unit="ms",
+            note="page by page, the first time",
+        ),
+    ]

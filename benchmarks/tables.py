@@ -29,6 +29,7 @@ _HEADS = {
     "handoff-memory": "From publish to live, on a memory file system",
     "handoff": "From publish to live, on disk",
     "handoff-s3": "From publish to live, over S3",
+    "service": "ckpt serve: lookups, news, listings",
     "loads": "Loads, from a warm page cache",
 }
 _FLOORS = {
@@ -121,6 +122,8 @@ def _section(name: str, section: Any) -> str:
         return _plain_table(rounds, "step", IDLE, "step ms", "/ no save")
     if name.startswith("handoff"):
         return _handoff(section)
+    if name == "service":
+        return _service(section)
     if not name.startswith("saves"):
         size = f"{section['bytes'] / 1e6:.1f} MB.\n\n"
         return size + _plain_table(
@@ -193,6 +196,37 @@ def _handoff(section: Any) -> str:
         lines.append(f"| {text} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
+
+def _service(section: Any) -> str:
+    rounds = section["rounds"]
+    lines = [
+        f"{section['objects']} objects lie in the steps of the large root.",
+        "",
+        f"| | {' | '.join(rounds)} |",
+        f"|---|{'---:|' * len(rounds)}",
+    ]
+    for key, text in _ASKED:
+        cells = [_spread(Spread.of(values_of(rounds, name, key))) for name in rounds]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    for key, text in _LISTED:
+        cells = [f"{section['listings'][name][key]:.0f}" for name in rounds]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_ASKED = (
+    ("rate", "lookups of the newest version in a second, 4 callers"),
+    ("lookup", "one of them, ms"),
+    ("notice", "commit to server-sent event, ms"),
+    ("notice_p99", "the same, 99th percentile"),
+    ("poll", "commit to a reader that lists the root every 20 ms, ms"),
+    ("poll_p99", "the same, 99th percentile"),
+)
+_LISTED = (
+    ("first", "all steps page by page, the first time, ms"),
+    ("again", "the same once more, ms"),
+    ("entries", "names of all steps, ms"),
+)
 
 _SUMS = (
     ("ours", "all but load"),

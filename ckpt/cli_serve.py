@@ -37,6 +37,9 @@ def serve_command(
     poll: Annotated[
         float | None, typer.Option("--poll", help="Seconds between looks while somebody waits.")
     ] = None,
+    rate: Annotated[
+        float, typer.Option("--rate", min=1, help="Requests a second of one caller; 4 s at once.")
+    ] = 500.0,
     drain: Annotated[
         float, typer.Option("--drain", help="Seconds that callers get to end at a SIGTERM.")
     ] = 10.0,
@@ -49,7 +52,7 @@ def serve_command(
     """Answer over HTTP what roots hold: runs, steps, versions, events, downloads, jobs."""
     with reported(as_json=False):
         try:
-            from .service import RootSpec, ServiceConfig
+            from .service import Limits, RootSpec, ServiceConfig
             from .service.auth import TokenSet
             from .service.server import Service, log_to_stderr
         except ModuleNotFoundError as error:
@@ -71,6 +74,7 @@ def serve_command(
             job_workers=jobs,
             poll_s=poll,
             drain_s=drain,
+            limits=Limits(per_second=rate, burst=int(4 * rate)),
             allowed_hosts=frozenset(name.lower() for name in host_name or ()),
         )
         service = Service(config)
