@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -55,6 +56,14 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
+class _Listing:
+    """By run, the numbers that were ever taken and whether each has a directory; and seconds."""
+
+    found: dict[str, dict[int, bool]]
+    took: float
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """What a look showed of one run.
 
@@ -77,10 +86,18 @@ class NewestVersions:
     Args:
         storage: the root.
         clock: seconds, for tests.
+        submit: runs a function in another thread, as that of an executor does; looks then do not
+            wait for the listings that come now and then.
     """
 
-    def __init__(self, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._storage, self._clock = storage, clock
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Callable[[], float] = time.monotonic,
+        submit: Callable[[Callable[[], _Listing]], Future[_Listing]] | None = None,
+    ) -> None:
+        self._storage, self._clock, self._submit = storage, clock, submit
+        self._pending: Future[_Listing] | None = None
         self._runs: dict[str, _Run] = {}
         self._listed = -float("inf")
         self._took = 0.0
@@ -101,9 +118,16 @@ class NewestVersions:
         """
         since = self._clock() - self._listed
         unknown = not self._runs or (run is not None and run not in self._runs)
-        wait = max(LISTING_S, _SHARE * self._took)
-        if since >= wait or (unknown and since >= _UNKNOWN_SHARE * self._took):
+        if unknown and since >= _UNKNOWN_SHARE * self._took:
             self._list()
+        elif self._pending is not None and self._pending.done():
+            listing, self._pending = self._pending.result(), None
+            self._take(listing)
+        elif since >= max(LISTING_S, _SHARE * self._took) and self._pending is None:
+            if self._submit is None:
+                self._list()
+            else:
+                self._pending = self._submit(self._names)
         for name, known in list(self._runs.items()):
             self._probe(name, known)
         newest = {name: run.newest for name, run in self._runs.items() if run.newest is not None}
@@ -146,22 +170,32 @@ class NewestVersions:
             if run.newest is not None
         }
 
-    def _list(self) -> None:
+    def _names(self) -> _Listing:
         begun = self._clock()
-        names = version_names(self._storage)
         found: dict[str, dict[int, bool]] = {}
-        for (run, number), is_dir in names.items():
+        for (run, number), is_dir in version_names(self._storage).items():
             found.setdefault(run, {})[number] = is_dir
-        for run in self._runs.keys() - found.keys():
+        return _Listing(found, self._clock() - begun)
+
+    def _list(self) -> None:
+        self._pending = None  # what another thread found would be older
+        self._take(self._names())
+
+    def _take(self, listing: _Listing) -> None:
+        for run in self._runs.keys() - listing.found.keys():
             del self._runs[run]
-        for run, numbers in found.items():
+        for run, numbers in listing.found.items():
             self._settle(self._runs.setdefault(run, _Run()), run, numbers)
-        self._listed = self._clock()
-        self._took = self._listed - begun
+        self._listed, self._took = self._clock(), listing.took
 
     def _settle(self, known: _Run, run: str, numbers: dict[int, bool]) -> None:
         """What a listing of the run's numbers says: walks down to the newest whole one."""
-        known.claimed = max(numbers)
+        # The listing may be older than what is known: that is looked at once more.
+        for number in known.open:
+            numbers.setdefault(number, False)
+        if known.newest is not None:
+            numbers[known.newest.number] = True
+        known.claimed = max(known.claimed, *numbers)
         known.newest, known.open = None, set()
         for number in sorted(numbers, reverse=True):
             version = self._whole(run, number) if numbers[number] else None

@@ -61,7 +61,12 @@ class ServedRoot:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix=f"ckpt-{spec.name}")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"ckpt-look-{spec.name}")
         self.watcher = RootWatcher(
-            spec.name, self.storage, self._look, poll_s=config.poll_s, metrics=metrics
+            spec.name,
+            self.storage,
+            self._look,
+            poll_s=config.poll_s,
+            submit=self._pool.submit,
+            metrics=metrics,
         )
 
     @property

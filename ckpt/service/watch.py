@@ -65,6 +65,7 @@ class RootWatcher:
         storage: the root's store.
         call: runs a blocking function off the loop, with a bound on its time.
         poll_s: seconds between two looks while somebody waits.
+        submit: an executor's, for listings that no look should wait for.
         metrics: told about the looks.
     """
 
@@ -75,12 +76,13 @@ class RootWatcher:
         call: Call,
         *,
         poll_s: float | None,
+        submit: Callable[..., Any] | None = None,
         metrics: ServiceMetrics,
     ) -> None:
         self._name, self._storage, self._call, self._metrics = name, storage, call, metrics
         local = storage.has_rename
         self._poll_s = poll_s or (LOCAL_POLL_S if local else REMOTE_POLL_S)
-        self._versions = NewestVersions(storage)
+        self._versions = NewestVersions(storage, submit=submit)
         self._steps = _Steps(storage, STEPS_S if local else REMOTE_STEPS_S)
         self._seen: Mapping[str, Seen] = {}
         self._turn = asyncio.Event()

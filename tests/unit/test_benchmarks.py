@@ -14,10 +14,15 @@ from benchmarks.layers import KINDS, PEFT, TORCHTUNE, trial_name
 from benchmarks.layers import OURS as OUR_LAYER
 from benchmarks.peers import DcpAsync, DcpSave
 from benchmarks.readme import BEGIN, END, refresh
-from benchmarks.rounds import Spread, interleave, ratio
+from benchmarks.rounds import Sample, Spread, interleave, ratio
 from benchmarks.rows import OURS, Row, rows
 from benchmarks.savers import Memcpy, RawWriteSynced, TorchSave
+from benchmarks.service import OBJECTS, commit, fill
 from benchmarks.tables import as_markdown, reached_table
+from ckpt.catalog import list_steps
+from ckpt.handoff import Registry
+from ckpt.manifest import VersionManifest
+from ckpt.storage import open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_checkpointing.*")
 
@@ -227,3 +232,48 @@ def test_a_layer_is_held_against_the_faster_peer_and_the_least_memory() -> None:
     assert [row.reached for row in slower] == [kind.base is not torch.float32 for kind in KINDS]
     wider = rows({"layers": layer_rounds(cpu=7.0, kept=8.5)})
     assert not any(row.reached for row in wider)
+
+
+def test_figures_of_the_service() -> None:
+    def asked(lookup: float, notice: float) -> list[Sample]:
+        return [
+            {
+                "rate": 4e3 / lookup,
+                "lookup": lookup,
+                "notice": notice,
+                "notice_p99": 5 * notice,
+                "poll": 40.0,
+                "poll_p99": 90.0,
+            }
+        ] * 3
+
+    listed = {"first": 5000.0, "again": 50.0, "entries": 9.0, "steps": 10_000.0}
+    section = {
+        "rounds": {"few": asked(2.0, 6.0), "many": asked(2.2, 9.0)},
+        "listings": {"few": {**listed, "steps": 10.0}, "many": listed},
+        "objects": 100_000,
+    }
+    found = rows({"service": section})
+    assert [row.reached for row in found] == [True, False, True, True, True]
+    assert [row.measured.middle for row in found] == pytest.approx([1.1, 1.5, 9.0, 45.0, 0.5])
+    assert found[2].peer == ("listing the root every 20 ms", Spread.of([40.0] * 3))
+    text = as_markdown("", "tiny", found, {"service": section})
+    assert "| commit to server-sent event, ms | 6.0 (6.0 to 6.0) | 9.0 (9.0 to 9.0) |" in text
+    assert "| names of all steps, ms | 9 | 9 |" in text
+
+
+def test_the_roots_of_the_service_are_what_they_say(tmp_path: Path) -> None:
+    fill(tmp_path, 12)
+    storage = open_storage(tmp_path)
+    assert {entry.state for entry in list_steps(storage)} == {"committed"}
+    assert len(list(tmp_path.glob("steps/*/*"))) == 12 * OBJECTS
+    newest = Registry(storage).latest()
+    assert newest is not None
+    assert newest.number == 12
+    template = VersionManifest.from_bytes(
+        storage.read(f"adapters/{newest.name}/MANIFEST.json"), "newest"
+    )
+    commit(tmp_path, template, 13)
+    found = Registry(storage).latest()
+    assert found is not None
+    assert found.number == 13

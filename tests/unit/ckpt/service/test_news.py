@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,34 @@ def test_other_runs_and_deleted_versions(tmp_path: Path) -> None:
     assert delete_version(store, "run7-v00000002") is None
     assert newest.look()["run7"].newest.number == 1
     assert newest.look()["run7"].newest.number == 1
+
+
+def test_a_listing_in_another_thread_takes_nothing_back(tmp_path: Path) -> None:
+    clock, asked = Clock(), []
+    store = open_storage(tmp_path)
+    publish_one(tmp_path)
+
+    def submit(function: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        asked.append((future, function()))  # listed now, told later
+        return future
+
+    newest = NewestVersions(store, clock, submit)
+    assert newest.look()["run7"].newest.number == 1
+    clock.now += 6
+    newest.look()
+    ((future, listing),) = asked
+    publish_one(tmp_path, "other")
+    for seed in (1, 2):
+        publish_one(tmp_path, seed=seed)
+        newest.look()
+    future.set_result(listing)  # older than what is known by now
+    assert newest.look()["run7"].newest.number == 3
+    assert [entry.number for entry in newest.look()["run7"].since(0)] == [1, 2, 3]
+    clock.now += 6
+    newest.look()
+    asked[1][0].set_result(asked[1][1])
+    assert list(newest.look()) == ["other", "run7"]
 
 
 def test_latest_agrees_with_the_registry_whatever_happens(tmp_path: Path) -> None:
