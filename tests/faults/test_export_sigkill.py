@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from support import exporters
 from support.steps import tiny_adapter, write_step
+from support.warm_start import start
 
 from ckpt.consolidate import consolidate
 from ckpt.errors import ObjectNotFound, StorageError
@@ -20,14 +20,6 @@ from ckpt.storage import open_storage
 from ckpt.storage.faultpoints import POSIX_POINTS
 
 STREAMED = tuple(point for point in POSIX_POINTS if "put_new" not in point)
-
-
-@pytest.fixture
-def context() -> Any:
-    """Makes processes that start fast, because a server has imported everything before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.exporters", "ckpt.storage.fsspec_store", "s3fs"])
-    return context
 
 
 def make_root(url: str, options: dict[str, Any] | None = None) -> None:
@@ -47,10 +39,9 @@ def whole(directory: str, options: dict[str, Any] | None = None) -> tuple[bytes,
     return config, store.read(WEIGHTS_NAME)
 
 
-def run_to_death(context: Any, *arguments: Any) -> bool:
+def run_to_death(*arguments: Any) -> bool:
     """Whether the export was killed; False if it ended by itself."""
-    child = context.Process(target=exporters.export_and_die, args=arguments)
-    child.start()
+    child = start(exporters.export_and_die, *arguments)
     child.join(120)
     assert child.exitcode in (0, -signal.SIGKILL)
     return child.exitcode != 0
@@ -58,7 +49,7 @@ def run_to_death(context: Any, *arguments: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", STREAMED)
-def test_killed_at_every_pass_of_a_point(context: Any, tmp_path: Path, point: str) -> None:
+def test_killed_at_every_pass_of_a_point(tmp_path: Path, point: str) -> None:
     make_root(str(tmp_path / "root"))
     adapters = []
     for step in (1, 2):
@@ -69,10 +60,10 @@ def test_killed_at_every_pass_of_a_point(context: Any, tmp_path: Path, point: st
         fault = f"{point}:{nth}=kill"
         fresh, old = tmp_path / f"fresh{nth}", tmp_path / f"old{nth}"
         consolidate(tmp_path / "root", 1, old)
-        died = run_to_death(context, str(tmp_path / "root"), 2, str(fresh), fault, None)
+        died = run_to_death(str(tmp_path / "root"), 2, str(fresh), fault, None)
         assert whole(str(fresh)) in ([None, adapters[1]] if died else [adapters[1]])
         assert fresh.exists() is (whole(str(fresh)) is not None)  # no half of a directory
-        again = run_to_death(context, str(tmp_path / "root"), 2, str(old), fault, None)
+        again = run_to_death(str(tmp_path / "root"), 2, str(old), fault, None)
         assert whole(str(old)) in (adapters if again else [adapters[1]])
         kills += died + again
         # The next one is not in the way of what is left.
@@ -85,36 +76,35 @@ def test_killed_at_every_pass_of_a_point(context: Any, tmp_path: Path, point: st
 
 @pytest.mark.slow
 @pytest.mark.s3
-def test_killed_on_the_way_to_s3(context: Any, s3: Any, tmp_path: Path) -> None:
+def test_killed_on_the_way_to_s3(s3: Any, tmp_path: Path) -> None:
     root, options = s3.url("root"), s3.storage_options
     make_root(root, options)
     adapters = []
     for step in (1, 2):
         consolidate(root, step, tmp_path / f"want{step}", storage_options=options)
         adapters.append(whole(str(tmp_path / f"want{step}")))
+    # Killed before the weights, there is nothing.
+    none = s3.url("none")
+    assert run_to_death(root, 2, none, "object.put.before=kill", options)
+    assert open_storage(none, options).list("") == []
     # The weights are there and the configuration is not; then both are.
     for point, after in (("object.put.before", None), ("object.put.after", adapters[1])):
         fresh, old = s3.url("fresh"), s3.url("old")
         consolidate(root, 1, old, storage_options=options)
         for out in (fresh, old):  # without a rename the old one goes first: never a mixture
-            assert run_to_death(context, root, 2, out, f"{point}=kill", options)
+            assert run_to_death(root, 2, out, f"{point}:2=kill", options)
             assert whole(out, options) == after
             assert open_storage(out, options).exists(WEIGHTS_NAME)
 
 
 @pytest.mark.slow
-def test_a_reader_beside_an_export_that_is_killed_at_any_moment(
-    context: Any, tmp_path: Path
-) -> None:
+def test_a_reader_beside_an_export_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     make_root(str(root))
     consolidate(root, 1, out)
     seen = set()
     for pause in (0.3, 0.5, 0.7):
-        child = context.Process(
-            target=exporters.export_again_and_again, args=(str(root), str(out)), daemon=True
-        )
-        child.start()
+        child = start(exporters.export_again_and_again, str(root), str(out), daemon=True)
         end = time.monotonic() + pause
         while time.monotonic() < end or len(seen) < 2:
             seen.add(read_one(out))

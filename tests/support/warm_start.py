@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
-import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
@@ -34,20 +32,22 @@ def start(
     *args: object,
     slot: int = 0,
     environment: dict[str, str] | None = None,
+    daemon: bool = False,
 ) -> ForkServerProcess:
     """Start ``fn(*args)`` in a process of its own, with this one's environment and search path.
 
     Args:
         fn: a function of a module in ``support``.
-        args: passed on; must pickle.
+        args: passed on; must pickle. Queues and events are those of the "forkserver" context.
         slot: which of the servers forks it, e.g. the rank.
         environment: variables to set on top.
+        daemon: whether it is ended with this process.
     """
     server = _servers[slot % SERVERS]
     server.set_forkserver_preload(PRELOADED)
     everything = {**os.environ, **(environment or {})}
     process = multiprocessing.get_context("forkserver").Process(
-        target=_run, args=(everything, str(Path.cwd()), list(sys.path), pickle.dumps((fn, args)))
+        target=_run, args=(everything, str(Path.cwd()), fn, args), daemon=daemon
     )
     # The server, if this call is what starts it, must find what it preloads.
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -63,11 +63,11 @@ def start(
     return cast("ForkServerProcess", process)
 
 
-def _run(environment: dict[str, str], folder: str, path: list[str], call: bytes) -> None:
+def _run(
+    environment: dict[str, str], folder: str, fn: Callable[..., object], args: tuple[object, ...]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     numpy.random.seed()  # random does this by itself after a fork
-    sys.path[:] = path  # before the function's module is looked for
-    fn, args = pickle.loads(call)  # of our parent a moment ago
     fn(*args)

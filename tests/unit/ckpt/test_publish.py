@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from support.publishers import publish, publish_and_die, publish_many
 from support.steps import tiny_adapter, write_writer
+from support.warm_start import start
 
 from ckpt.checksum import sha256_hex
 from ckpt.envelope import unseal
@@ -490,44 +491,31 @@ class TestExport:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def context() -> Any:
-    """Makes processes that start fast, because a server has imported everything before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ckpt.publish", "ckpt.storage.fsspec_store", "s3fs"])
-    return context
-
-
 @pytest.mark.slow
 class TestKill:
     """A publisher killed at any moment leaves a whole version or none, and no name twice."""
 
     @pytest.mark.parametrize("point", POSIX_POINTS)
-    def test_posix(self, context: Any, tmp_path: Path, point: str) -> None:
-        self.kill_at_every_pass(context, point, lambda nth: str(tmp_path / str(nth)), None)
+    def test_posix(self, tmp_path: Path, point: str) -> None:
+        self.kill_at_every_pass(point, lambda nth: str(tmp_path / str(nth)), None)
 
     @pytest.mark.s3
     @pytest.mark.parametrize("point", ["object.put.before", "object.put.after"])
-    def test_s3_put(self, context: Any, s3: Any, point: str) -> None:
+    def test_s3_put(self, s3: Any, point: str) -> None:
         urls = [s3.url(f"kill-{nth}") for nth in range(5)]
-        self.kill_at_every_pass(context, point, lambda nth: urls[nth], s3.storage_options)
+        self.kill_at_every_pass(point, lambda nth: urls[nth], s3.storage_options)
 
     @pytest.mark.s3
     @pytest.mark.parametrize("point", ["object.put_new.before", "object.put_new.after"])
-    def test_s3_put_new(self, context: Any, s3: Any, point: str) -> None:
+    def test_s3_put_new(self, s3: Any, point: str) -> None:
         urls = [s3.url(f"kill-{nth}") for nth in range(5)]
-        self.kill_at_every_pass(context, point, lambda nth: urls[nth], s3.storage_options)
+        self.kill_at_every_pass(point, lambda nth: urls[nth], s3.storage_options)
 
-    def kill_at_every_pass(
-        self, context: Any, point: str, url_of: Any, options: dict[str, Any] | None
-    ) -> None:
+    def kill_at_every_pass(self, point: str, url_of: Any, options: dict[str, Any] | None) -> None:
         kills = 0
         for nth in range(1, 5):
             url = url_of(nth)
-            child = context.Process(
-                target=publish_and_die, args=(url, "run7", f"{point}:{nth}=kill", options)
-            )
-            child.start()
+            child = start(publish_and_die, url, "run7", f"{point}:{nth}=kill", options)
             child.join(120)
             assert child.exitcode in (0, -signal.SIGKILL)
             if child.exitcode == 0:
@@ -559,17 +547,14 @@ class TestRace:
             read_version(storage, name)
 
     @pytest.mark.slow
-    def test_processes_never_get_the_same_number(self, context: Any, tmp_path: Path) -> None:
-        start, results = context.Event(), context.Queue()
+    def test_processes_never_get_the_same_number(self, tmp_path: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        go, results = context.Event(), context.Queue()
         workers = [
-            context.Process(
-                target=publish_many, args=(str(tmp_path), "run7", 4, start, results), daemon=True
-            )
-            for _ in range(3)
+            start(publish_many, str(tmp_path), "run7", 4, go, results, slot=number, daemon=True)
+            for number in range(3)
         ]
-        for worker in workers:
-            worker.start()
-        start.set()
+        go.set()
         try:
             groups = [results.get(timeout=120) for _ in workers]
         finally:
