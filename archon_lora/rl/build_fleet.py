@@ -18,6 +18,8 @@ from ckpt.handoff.cache import VersionCache
 from ckpt.handoff.drivers import open_engine
 from ckpt.handoff.handover import Handover
 from ckpt.handoff.registry import Registry
+from ckpt.handoff.replica_poster import HandoverBoard
+from ckpt.storage import open_storage
 
 API_KEY = "ARCHON_ENGINE_API_KEY"
 """Environment variable with what the replicas were started with as ``--api-key``."""
@@ -65,10 +67,11 @@ def build_fleet(config: TrainConfig, scorer: Scorer) -> Fleet:
     ]
     # With a local tier, a version is there before it is at the root.
     tier = config.checkpoint.local_tier
+    options = dict(config.checkpoint.storage_options) or None
     registry = Registry(
         tier or config.checkpoint.root,
         run=config.run.name,
-        storage_options=None if tier else dict(config.checkpoint.storage_options) or None,
+        storage_options=None if tier else options,
     )
     cache = section.cache or Path(config.run.metrics).resolve().parent / "adapters"
     return Fleet(
@@ -80,6 +83,12 @@ def build_fleet(config: TrainConfig, scorer: Scorer) -> Fleet:
             registry=registry,
             retries=0,  # batches are tried again as a whole
             quorum=section.quorum,
+            on_report=HandoverBoard(
+                open_storage(config.checkpoint.root, options),
+                run=config.run.name,
+                holder="trainer",
+                engines=[engine.url for engine in engines],
+            ),
         ),
         registry=registry,
         # What replicas hold, each perhaps others, what is on its way, and one that was just left.

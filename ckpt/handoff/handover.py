@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
@@ -57,6 +57,7 @@ class Handover:
         retry_pause_s: seconds between two tries.
         quorum: how many replicas must prove a version before it is live; None for all of them. The
             others are brought to it by :meth:`restore_missing`; see :attr:`serving`.
+        on_report: told what every hand-over did; may not raise.
 
     Raises:
         ConfigError: no replicas, one of them twice, or a number that cannot work.
@@ -72,7 +73,9 @@ class Handover:
         retries: int = DEFAULT_RETRIES,
         retry_pause_s: float = DEFAULT_PAUSE_S,
         quorum: int | None = None,
+        on_report: Callable[[HandoverReport], object] = lambda _report: None,
     ) -> None:
+        self._on_report = on_report
         urls = [engine.url for engine in engines]
         if not urls or len(set(urls)) < len(urls):
             msg = f"want at least one replica, and each of them once; got {urls}"
@@ -156,6 +159,7 @@ class Handover:
             (time.monotonic() - began) * 1e3,
         )
         log.log(logging.INFO if live else logging.WARNING, "%s", report.explain())
+        self._on_report(report)
         return report
 
     def restore_missing(self) -> HandoverReport | None:
@@ -191,6 +195,7 @@ class Handover:
             log.warning("not brought back to %s: %s", version.name, report.reasons())
         else:
             log.info("brought back to %s: %s", version.name, ", ".join(one.url for one in lost))
+        self._on_report(report)
         return report
 
     def unload_unused(self) -> tuple[UnloadReport, ...]:

@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -15,6 +16,7 @@ from ckpt.layout import replica_path
 from ckpt.storage import Storage
 
 from .replica_record import EngineRecord, ReplicaRecord, read_replicas
+from .report import HandoverReport
 from .sync_status import SyncStatus
 
 LOCAL_LOOK_S: Final = 1.0
@@ -118,6 +120,59 @@ class ReplicaPoster:
         for record in read_replicas(self._storage):
             if record.run == self._run and record.age_s() > FORGET_S:
                 self._storage.delete(replica_path(record.holder))
+
+
+class HandoverBoard:
+    """Tells the root what a hand-over in this process did, for trainers that drive engines.
+
+    Give it to :class:`~ckpt.handoff.handover.Handover` as ``on_report``. Nobody waits for the root.
+
+    Args:
+        storage: the root.
+        run: what is served.
+        holder: in whose name leases are held.
+        engines: addresses of the replicas.
+        look_s: as for :class:`ReplicaPoster`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        run: str,
+        holder: str,
+        engines: Sequence[str],
+        look_s: float | None = None,
+    ) -> None:
+        self._status = SyncStatus(run, holder, engines)
+        self._poster = ReplicaPoster(storage, self._status, run=run, holder=holder, look_s=look_s)
+        self._began = False
+
+    def __call__(self, report: HandoverReport) -> None:
+        """Take a report over; the first one begins the writing."""
+        if report.live:
+            self._status.serves(report.version)
+        for item in report.replicas:
+            if item.state == "untried":
+                continue
+            proven = item.state == "proven"
+            self._status.replica(item.url, up=item.stage not in ("load", "room") or proven)
+            if not proven:
+                self._status.replica(item.url, problem=item.reason or item.state)
+                if report.live:
+                    self._status.replica(item.url, live=None)
+                continue
+            evidence = item.evidence
+            self._status.replica(item.url, live=report.version, problem=None, proved=time.time())
+            self._status.replica(item.url, proof=None if evidence is None else evidence.by)
+        if not self._began:
+            self._began = True
+            self._poster.start()
+
+    def stop(self) -> None:
+        """Say that nothing is handed over any more."""
+        if self._began:
+            self._poster.stop()
 
 
 def _iso(seconds: float) -> str:

@@ -164,6 +164,11 @@ class SyncStatus:
             current = None if self._current is None else self._current[0]
             return current, self._newest, dict(self._passed_over)
 
+    def serves(self, name: str) -> None:
+        """A version is live, by its name."""
+        with self._mutex:
+            self._current = (name, int(name.rpartition("-v")[2]))
+
     def went_live(self, version: Version) -> None:
         """A version is live on the replicas, from now on."""
         with self._mutex:

@@ -16,8 +16,9 @@ from support.sidecar import until
 from ckpt.envelope import seal, unseal, utc_now
 from ckpt.errors import DamagedError, StorageError
 from ckpt.handoff.cache import VersionCache
+from ckpt.handoff.handover import Handover
 from ckpt.handoff.registry import Registry
-from ckpt.handoff.replica_poster import FORGET_S, ReplicaPoster
+from ckpt.handoff.replica_poster import FORGET_S, HandoverBoard, ReplicaPoster
 from ckpt.handoff.replica_record import (
     REPLICAS_FORMAT,
     EngineRecord,
@@ -75,6 +76,35 @@ def test_a_sidecar_tells_which_engine_proved_what(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_a_handover_in_a_trainer_tells_it_too(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    publish_one(root)
+    engines = [MemoryEngine("http://a"), MemoryEngine("http://b")]
+    registry = Registry(root, run="run7")
+    urls = [engine.url for engine in engines]
+    board = HandoverBoard(registry.storage, run="run7", holder="trainer", engines=urls, look_s=0.02)
+    handover = Handover(engines, holder="trainer", retries=0, quorum=1, on_report=board)
+    for number in (1, 2):
+        version = registry.latest()
+        assert version is not None
+        engines[1].away = number == 2
+        handover.make_live(version, registry.fetch(version, tmp_path / "cache"))
+        until(
+            lambda name=version.name: [
+                r for r in read_replicas(registry.storage) if r.current == name
+            ]
+        )
+        publish_one(root, seed=number)
+    (told,) = read_replicas(registry.storage)
+    first, second = told.engines
+    assert (first.live, first.up, first.problem) == ("run7-v00000002", True, None)
+    assert first.proof in {"expected", "difference"}
+    assert second.live is None
+    assert second.problem is not None
+    board.stop()
+    assert read_replicas(registry.storage)[0].stopped
+
+
 class Counting:
     has_rename = True
     url = "x"
@@ -90,6 +120,9 @@ class Counting:
 
     def list(self, path: str) -> list[Any]:
         return []
+
+    def local_path(self, path: str) -> Path:
+        return Path("/nowhere")
 
 
 def test_only_a_change_is_written_and_a_store_that_fails_is_asked_again(caplog: Any) -> None:
