@@ -21,12 +21,10 @@ pytestmark = pytest.mark.dist
 
 TOLERANCE = 2e-6
 FULL = os.environ.get("ARCHON_LAYOUTS") == "full"
-LAYOUTS = {
-    "ep2": (2, ParallelDims(ep=2)),
-    "ep2-fsdp2": (4, ParallelDims(ep=2)),
-}
+LAYOUTS = {"ep2-fsdp2": (4, ParallelDims(ep=2))}
 if FULL:
     LAYOUTS |= {
+        "ep2": (2, ParallelDims(ep=2)),
         "hsdp2-ep2": (4, ParallelDims(dp_replicate=2, ep=2)),
         "ep3": (3, ParallelDims(ep=3)),
     }
