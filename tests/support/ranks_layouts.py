@@ -125,12 +125,12 @@ def reinforce(config: TrainConfig) -> None:
         engine.close()
 
 
-def started(rank: int, world: int, path: str, adapter: str) -> dict[str, Any]:
+def started(first: Job) -> dict[str, Any]:
     """A policy that begins with an adapter, and is held against it, on split layers."""
     dims = ParallelDims(tp=2, sequence_parallel=True)
-    lora = LoRAConfig(rank=1, alpha=2.0)
-    with make_engine(path, lora=lora, parallel=dims, reference="warm-start") as engine:
-        warm_start(engine, adapter, any_base=True)
+    options = {"lora": first.lora, "parallel": dims, "reference": "warm-start"}
+    with make_engine(first.path, **options) as engine:
+        warm_start(engine, f"{first.out}/adapter", any_base=True)
         weights = weights_of(engine, trainable=True)
         begun = engine.logprobs(batch_of(2), reference=True)
         train(engine, 2)
@@ -147,6 +147,6 @@ def several(
 ) -> dict[str, Any]:
     found = {"jobs": jobs(rank, world, todo), "misfits": misfits(rank, world, path)}
     first = next(job for job in todo.values() if job.lora is not None)
-    found["started"] = started(rank, world, first.path, f"{first.out}/adapter")
+    found["started"] = started(first)
     reinforce(load_config(Path(config), overrides))
     return found
