@@ -2,53 +2,139 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from archon_lora.rl.config import load_config
+from ckpt.cli_commands import app
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 
 
-def test_dockerfile_installs_torch_first_and_runs_as_a_user() -> None:
-    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
-    assert text.index("'^torch=='") < text.index("'.[demo]'")
-    assert text.rindex("USER trainer") > text.rindex("RUN ")
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
-    for name in " ".join(copied).split():
+FILES = ("Dockerfile", "engine.Dockerfile")
+
+
+def read(name: str) -> str:
+    return (DOCKER / name).read_text(encoding="utf-8")
+
+
+def copied(name: str) -> set[str]:
+    found = re.findall(r"^COPY (?!--from)(.+) \S+$", read(name), re.MULTILINE)
+    return set(" ".join(found).split())
+
+
+def test_dockerfile_installs_torch_first_and_its_images_run_as_a_user() -> None:
+    text = read("Dockerfile")
+    for extra in ("'.[demo,handoff]'", "'.[service,handoff,obstore]'"):
+        assert text.index("'^torch=='") < text.index(extra)
+    for stage in re.split(r"^FROM ", text, flags=re.MULTILINE)[-2:]:
+        assert "USER 10001" in stage
+        assert stage.index("USER 10001") > stage.rindex("RUN ")
+
+
+def test_everything_that_is_copied_is_there_and_passes_the_ignore_file() -> None:
+    every = set().union(*(copied(name) for name in FILES))
+    admitted = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
+    assert every == set(admitted)
+    for name in every:
         assert (ROOT / name).exists(), f"{name} is copied but not there"
 
 
-def test_everything_that_is_copied_passes_the_ignore_file() -> None:
-    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
-    copied = " ".join(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)).split()
-    admitted = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
-    assert sorted(copied) == sorted(admitted)
+def options(command: str) -> set[str]:
+    group = typer.main.get_command(app)
+    return {text for parameter in group.commands[command].params for text in parameter.opts}  # type: ignore[attr-defined]
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """The command is one of ckpt's, and knows every option that it is given."""
+    command, *rest = arguments
+    for argument in rest:
+        if argument.startswith("--"):
+            assert argument.partition("=")[0] in options(command), argument
 
 
 def test_compose_services_and_defaults() -> None:
-    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
-    compose = yaml.safe_load(text)
-    assert set(compose["services"]) == {"s3", "trainer"}
-    assert compose["services"]["trainer"]["depends_on"]["s3"]["condition"] == "service_healthy"
-    assert "healthcheck" in compose["services"]["s3"]
-    assert not any("ports" in service for service in compose["services"].values())
+    text = read("compose.yaml")
+    services = yaml.safe_load(text)["services"]
+    assert set(services) == {"s3", "trainer", "service", "engine", "sidecar"}
+    for name in ("trainer", "service"):
+        assert services[name]["depends_on"]["s3"]["condition"] == "service_healthy"
+    assert "healthcheck" in services["s3"]
+    for name, service in services.items():
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), f"{name} is open to the network: {port}"
+    for name in ("service", "sidecar"):
+        check_arguments(services[name]["command"])
+        assert services[name]["read_only"] is True
+        assert services[name]["cap_drop"] == ["ALL"]
     used = set(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
-    lines = (DOCKER / ".env.example").read_text(encoding="utf-8").splitlines()
+    lines = read(".env.example").splitlines()
     said = {tuple(line.split("=", 1)) for line in lines if line and not line.startswith("#")}
     assert used == said, "compose.yaml's defaults and .env.example differ"
+
+
+def test_the_example_for_kubernetes() -> None:
+    documents = list(yaml.safe_load_all(read("kubernetes.yaml")))
+    assert [one["kind"] for one in documents] == ["Deployment", "Service", "Deployment"]
+    mine = []
+    for deployment in documents[::2]:
+        pod = deployment["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            if "archon-lora-service" in container["image"]:
+                mine.append(container["name"])
+                check_arguments(container["args"])
+                limits = {**pod["securityContext"], **container["securityContext"]}
+                assert limits["runAsNonRoot"]
+                assert limits["readOnlyRootFilesystem"]
+                assert not limits["allowPrivilegeEscalation"]
+    assert mine == ["service", "sidecar"]
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == "Bearer long-enough-secret"
+        self.send_response(200 if known and self.path == "/healthz" else 401)
+        self.end_headers()
+
+    def log_message(self, *_args: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "status"),
+    [("# ours\nread long-enough-secret me\n", 0), ("long-enough-secret\n", 0), ("wrong\n", 1)],
+)
+def test_the_health_check_shows_its_token(tmp_path: Path, tokens: str, status: int) -> None:
+    (tmp_path / "tokens").write_text(tokens)
+    with http.server.HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"HEALTH_PORT": str(port), "TOKEN_FILE": str(tmp_path / "tokens")}
+        check = [sys.executable, str(DOCKER / "healthy.py")]
+        asked = subprocess.run(
+            check, env={**os.environ, **environment}, capture_output=True, timeout=60, check=False
+        )
+        server.shutdown()
+    assert asked.returncode == status, asked.stderr
+    assert b"secret" not in asked.stderr
 
 
 def test_run_settings_are_valid() -> None:
