@@ -20,8 +20,8 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-s3 test-quant engines layouts faults service-full bench bench-full bench-readme bench-peers \
-  lint fmt constraints clean
+.PHONY: help setup demo test test-fast test-s3 test-quant engines layouts faults release service-full \
+  bench bench-full bench-readme bench-peers lint fmt constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -88,6 +88,9 @@ service-full: $(STAMP) ## every cell of the service's tests: kills, requests mad
 	CKPT_FAULTS=full CKPT_SERVICE=full $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	  tests/faults/test_service_sigkill.py tests/contract/test_service_api.py \
 	  tests/contract/test_service_load.py $(PYTEST_ARGS)
+
+release: $(STAMP) ## the wheel from the source archive, installed into an empty environment
+	CKPT_TEST_RELEASE=1 $(BIN)/python -m pytest tests/e2e/test_release.py --timeout 2400 $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 10 minutes)
 	$(BIN)/python -m benchmarks
