@@ -99,6 +99,10 @@ class _Server(uvicorn.Server):
         """Let long polls and event streams end, then everything else."""
         await self.config.app.state.begin_stop()  # type: ignore[union-attr]  # our own application
         await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            # Its time is over, and what it did not take would hold it open for ever.
+            connection.transport.abort()
+        await asyncio.sleep(0)  # in which the loop closes them
 
 
 class Service:

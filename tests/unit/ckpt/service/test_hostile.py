@@ -270,3 +270,20 @@ def test_a_service_that_stops_lets_those_go_who_wait(root: Path) -> None:
     assert time.monotonic() - begun < 5
     assert ended["wait"] == "204"
     assert ended["events"].endswith("event: bye\ndata: {}\n\n")
+
+
+def test_a_service_that_stops_waits_for_nobody_for_ever(tmp_path: Path) -> None:
+    big = tmp_path / "lab" / "steps" / "step-00000001.w0001" / "shard-00000-of-00001.safetensors"
+    big.parent.mkdir(parents=True)
+    with big.open("wb") as file:
+        file.truncate(64 * 1024 * 1024)
+    path = f"/v1/runs/lab/files/{big.relative_to(tmp_path / 'lab')}"
+    with contextlib.ExitStack() as stack:
+        with serving(tmp_path / "lab") as client:
+            stuck = stack.enter_context(connection(client))
+            stuck.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert stuck.recv(1024).startswith(b"HTTP/1.1 200")
+            slow = stack.enter_context(connection(client))
+            slow.sendall(b"GET /healthz HTTP/1.1\r\n")
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 15  # two seconds to drain, and what a busy machine adds
