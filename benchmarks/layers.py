@@ -121,7 +121,8 @@ def trial_name(implementation: str, kind: Kind) -> str:
     return f"{implementation}, {kind.name}"
 
 
-def _ours(inputs: int, outputs: int, base: torch.dtype) -> nn.Module:
+def ours(inputs: int, outputs: int, base: torch.dtype) -> nn.Module:
+    """Our layer, as :data:`Make` says."""
     return LoRALinear(inputs, outputs, rank=RANK, alpha=2 * RANK, bias=False, dtype=base)
 
 
@@ -156,7 +157,7 @@ def _torchtune() -> Make:
 
 def layers(settings: Settings) -> dict[str, Any]:
     """Every implementation in every kind; torchtune's has one dtype for base and adapter."""
-    makers: dict[str, Make] = {OURS: _ours}
+    makers: dict[str, Make] = {OURS: ours}
     skipped = {}
     for name, load in {PEFT: _peft, TORCHTUNE: _torchtune}.items():
         try:

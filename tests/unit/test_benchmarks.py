@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.adapters import PlainPut, Publish
 from benchmarks.handoff import PARTS, STAND_IN, PlainGet
-from benchmarks.layers import KINDS, PEFT, TORCHTUNE, trial_name
+from benchmarks.layers import KINDS, PEFT, RANK, TORCHTUNE, Trained, ours, trial_name
 from benchmarks.layers import OURS as OUR_LAYER
 from benchmarks.peers import DcpAsync, DcpSave
 from benchmarks.readme import BEGIN, END, refresh
@@ -277,3 +278,21 @@ def test_the_roots_of_the_service_are_what_they_say(tmp_path: Path) -> None:
     found = Registry(storage).latest()
     assert found is not None
     assert found.number == 13
+
+
+def test_layers_have_a_table_of_their_own() -> None:
+    section = {**layer_rounds(cpu=7.0, kept=2.5e6), "tokens": 128, "rank": 16, "skipped": {}}
+    sections = {"layers": section}
+    text = as_markdown("", "tiny", rows(sections), sections)
+    assert "128 tokens, rank 16" in text
+    assert f"| {trial_name(OUR_LAYER, KINDS[0])} | 1.0 (1.0 to 1.0) | 7.0 | 2.500 |" in text
+
+
+def test_a_layer_of_ours_runs_forward_and_backward_in_every_eager_kind() -> None:
+    for kind in KINDS:
+        if not kind.compiled:
+            small = replace(kind, features=((8, 4), (4, 8)), tokens=3, times=2)
+            sample = Trained(OUR_LAYER, ours, small).measure(0)
+            # The input and what A made of it, in the adapter's fp32.
+            assert sample["kept"] == 4 * 3 * (8 + 4 + 2 * RANK)
+            assert sample["total"] > 0
