@@ -134,9 +134,9 @@ def test_a_service_is_killed_in_the_middle_of_a_job(
         nothing_is_half(storage)
     assert died or nth > 1 or point in WRITES, "the first pass must be reached"
     with serving(root, job_timeout_s=1.0) as client:  # as after a restart
-        if kind != "prune" and not JobBook(storage).ids():
+        ids = [job for job in JobBook(storage).ids() if JobBook(storage).find(job)]
+        if not ids:
             return  # it died before the job existed, and nobody was told that it did
-        ids = JobBook(storage).ids()
         row = ended(client, ids[-1])
         if row["params"].get("confirm") or kind != "prune":
             as_asked(kind, row, storage, tmp_path / "want")
@@ -169,7 +169,7 @@ def test_on_s3(kind: str, point: str, nth: int, s3: Any, tmp_path: Path) -> None
             client.post("/v1/runs/lab/jobs", json=body)
         victim.died(8)
         nothing_is_half(storage)
-    ids = JobBook(storage).ids()
+    ids = [job for job in JobBook(storage).ids() if JobBook(storage).find(job)]
     if not ids:
         return
     with serving(url, options=options, job_timeout_s=1.0) as client:

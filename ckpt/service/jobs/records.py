@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ from ckpt.storage import Storage
 from ckpt.wire import FINISHED, ErrorRow, JobKind, JobRow, JobState, VerifiedRow
 
 SCHEMA: Final = 1
+ABANDONED_S: Final = 3600.0
+"""A directory without a job goes once its id is so old."""
 _MAX_TEXT: Final = 10_000
 
 
@@ -360,6 +363,8 @@ class JobBook:
                 ended.add(job)
             elif self.storage.exists(f"{job_dir(job)}/job.json"):
                 yield job
+            elif time.time() - int(job.split("-")[1]) / 1000 > ABANDONED_S:
+                self.storage.delete_tree(job_dir(job))  # whoever recorded it was killed at that
 
     def _document(self, path: str, kind: str) -> Fields | None:
         where = f"{self.storage.url}/{path}"

@@ -172,6 +172,14 @@ def test_old_jobs_are_forgotten(lab: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert client.get(f"/v1/runs/lab/jobs/{jobs[0]}").status_code == 404
 
 
+def test_a_job_that_was_never_recorded_whole_is_swept(lab: Path) -> None:
+    for job in ("job-1600000000000-0123abcd", "job-9600000000000-0123abcd"):
+        (lab / job_dir(job)).mkdir(parents=True)
+        (lab / job_dir(job) / ".tmp-x-job.json").touch()
+    assert list(JobBook(open_storage(lab)).unfinished(set())) == []
+    assert [path.name for path in (lab / "jobs").iterdir()] == ["job-9600000000000-0123abcd"]
+
+
 def test_records_of_others_do_not_count(lab: Path) -> None:
     book = JobBook(open_storage(lab))
     job = book.create("verify", {}, "somebody")
