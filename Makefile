@@ -114,9 +114,10 @@ lint: $(STAMP) ## style, format, types, direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fmt: $(STAMP) ## format the code and mend what can be mended by rule
+fmt: $(STAMP) ## format the code, mend what can be mended by rule, write docs/api.md anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/make_api.py
 
 constraints: $(STAMP) ## write constraints.txt anew from what .venv holds
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \

@@ -5,9 +5,13 @@ A fence's info string says what is done with a block:
 - ``python run``: executed. The blocks of a document share their names, and a directory.
 - ``console run``: lines after ``$ `` are run there; what follows is their output, in which ``...``
   stands for anything. A command whose comment says ``exits 1`` has to end so, any other with 0.
+- ``sh background``: the command runs until the document ends. Its ports are replaced by free ones,
+  wherever the document names them.
+- ``LANGUAGE file NAME``: that file.
 - ``python of PATH``: an excerpt: its lines stand in that file of the repository, in this order.
 
-``<!-- stand-in: areal -->`` in a document lets it import the tests' stand-in for AReaL. In the
+``<!-- stand-in: areal -->`` in a document lets it import the tests' stand-in for AReaL, and
+``vllm`` there has one answer for vLLM with the model ``tiny-qwen2``. In the
 how-tos every Python block must be of one of these kinds, and our commands in ``sh`` blocks have to
 parse.
 """
@@ -17,16 +21,21 @@ from __future__ import annotations
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer.main
+from support.fake_engine import FakeEngine
 from typer.testing import CliRunner
 
 from ckpt.cli_commands import app
@@ -67,33 +76,83 @@ def named(path: Path) -> str:
 
 RUNNABLE = [p for p in DOCUMENTS if any("run" in b.info[1:] for b in blocks_of(p))]
 EXCERPTS = [(p, b) for p in DOCUMENTS for b in blocks_of(p) if b.info[1:2] == ("of",)]
-HOWTOS = [path for path in DOCUMENTS if path.parent.name == "howto"]
+HOWTOS = [p for p in DOCUMENTS if p.parent.name == "howto" or p.name == "tutorial.md"]
+ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=named)
 def test_blocks_run_as_printed(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
-    for name in STAND_IN.findall(path.read_text("utf-8")):
+    stand_ins = STAND_IN.findall(path.read_text("utf-8"))
+    for name in set(stand_ins) & SITES.keys():
         monkeypatch.syspath_prepend(str(SITES[name]))
     # What examples draw must not depend on, or change, what other tests draw.
     state = random.getstate()
     names: dict[str, Any] = {"__name__": "example"}
+    addresses: dict[str, str] = {}
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(), warnings.catch_warnings(), ExitStack() as running:
             torch.manual_seed(0)
-            for block in blocks_of(path):
+            for printed in blocks_of(path):
+                block = replace(printed, text=moved(printed.text, addresses))
                 if block.info[:2] == ("python", "run"):
                     # Empty lines first, so that a traceback shows the document's own lines.
                     code = "\n" * block.line + block.text
                     exec(compile(code, str(path), "exec"), names)
                 elif block.info[:2] == ("console", "run"):
                     run_console(block, path, tmp_path)
+                elif block.info[1:2] == ("file",):
+                    (tmp_path / block.info[2]).write_text(block.text, "utf-8")
+                elif block.info == ("sh", "background"):
+                    addresses |= free_addresses(block)
+                    if "vllm+http" in block.text and "vllm" in stand_ins:
+                        engine = FakeEngine("vllm", model=tmp_path / "tiny-qwen2")
+                        addresses["127.0.0.1:8000"] = running.enter_context(engine).url[7:]
+                    start_background(block, addresses, running)
     finally:
         random.setstate(state)
         for module in set(sys.modules) - before:
             if module.partition(".")[0] in SITES:
                 del sys.modules[module]
+
+
+def moved(text: str, addresses: dict[str, str]) -> str:
+    """The text with addresses replaced."""
+    return ADDRESS.sub(lambda match: addresses.get(match[0], match[0]), text)
+
+
+def free_addresses(block: Block) -> dict[str, str]:
+    """A free address of loopback for each that a block names."""
+    found = {}
+    for address in ADDRESS.findall(block.text):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            found[address] = f"127.0.0.1:{probe.getsockname()[1]}"
+    return found
+
+
+def start_background(block: Block, addresses: dict[str, str], running: ExitStack) -> None:
+    """Start a block's one command of ours, which ends with ``running``."""
+    words = shlex.split(moved(block.text, addresses))
+    assert words[0] == "ckpt", f"{words[0]} is not run"
+    log = running.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckpt.cli", *words[1:]], stdout=log, stderr=log
+    )
+    running.callback(process.wait, 30)
+    running.callback(process.terminate)
+    listen = words[words.index("--listen") + 1].rpartition(":")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection((listen[0], int(listen[2])), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    log.seek(0)
+    raise AssertionError(f"{block.text} does not listen: {log.read().decode()}")
 
 
 def run_console(block: Block, path: Path, folder: Path) -> None:
@@ -111,7 +170,9 @@ def run_console(block: Block, path: Path, folder: Path) -> None:
             ended = subprocess.run(
                 [sys.executable, *module, *words[1:]],
                 cwd=folder,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                # Where the training tells of its steps.
+                stderr=subprocess.STDOUT if module else None,
                 text=True,
                 check=False,
                 timeout=120,
@@ -161,7 +222,8 @@ def test_our_commands_in_a_howto_parse(path: Path) -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert {"docs/howto/trl.md", "docs/howto/torchtitan.md"} <= set(map(named, RUNNABLE))
+    wanted = {"docs/howto/trl.md", "docs/howto/torchtitan.md", "docs/tutorial.md"}
+    assert wanted <= set(map(named, RUNNABLE))
     assert len(EXCERPTS) >= 4
 
 

@@ -1,0 +1,184 @@
+"""The documents are complete: links lead somewhere, errors and public names are described."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md"), *ROOT.glob("docker/**/*.md")])
+LINK = re.compile(r"!?\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text("utf-8"))
+
+
+def links(path: Path) -> list[str]:
+    """The links of a page that lead into this repository."""
+    return [link for link in LINK.findall(prose(path)) if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that a page's headings get, as GitHub makes them."""
+    found: dict[str, int] = {}
+    for heading in HEADING.findall(prose(path)):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    repeated = {f"{name}-{n}" for name, times in found.items() for n in range(1, times + 1)}
+    return set(found) | repeated
+
+
+def broken(path: Path) -> list[str]:
+    """The links of a page that lead nowhere."""
+    found = []
+    for link in links(path):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (
+            anchor and target.suffix == ".md" and anchor not in anchors(target)
+        ):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken(path) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text("# A b\n[x](b.md) [y](#a-b) [z](#c) [w](a.md#a-b)\n```\n[v](no.md)\n```\n")
+    assert broken(page) == ["b.md", "#c"]
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    reached, waiting = set(), [DOCS / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        targets = ((page.parent / link.partition("#")[0]).resolve() for link in links(page))
+        inside = [t for t in targets if t.suffix == ".md" and DOCS in t.parents]
+        waiting += [target for target in inside if target.exists()]
+    assert sorted(map(named, set(DOCS.glob("**/*.md")) - reached)) == []
+
+
+def test_the_index_itself_names_every_page() -> None:
+    """Decisions aside, which have an index of their own."""
+    direct = {(DOCS / link.partition("#")[0]).resolve() for link in links(DOCS / "README.md")}
+    pages = {*DOCS.glob("*.md"), *DOCS.glob("howto/*.md")} - {DOCS / "README.md"}
+    assert sorted(map(named, pages - direct)) == []
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def error_names() -> set[str]:
+    """Every class in the code, imported or not, that derives from one of our two roots."""
+    parents: dict[str, set[str]] = {}
+    for package in ("ckpt", "archon_lora"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+                    parents.setdefault(node.name, set()).update(bases)
+    found = {"CkptError", "ArchonLoraError"}
+    while new := {name for name, bases in parents.items() if bases & found} - found:
+        found |= new
+    return found
+
+
+def error_rows() -> dict[str, list[str]]:
+    """The rows of the tables under "Errors" by the error's name: the other cells."""
+    text = (DOCS / "failure-model.md").read_text("utf-8")
+    section = text.partition("\n## Errors\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+def test_every_error_says_what_it_means_and_what_to_do() -> None:
+    rows, names = error_rows(), error_names()
+    assert len(names) > 40
+    assert names - rows.keys() == set(), "not in docs/failure-model.md"
+    assert rows.keys() - names == set(), "no such error"
+    assert [name for name, cells in rows.items() if len(cells) != 2 or not all(cells)] == []
+
+
+# -- the API page ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make_api() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_api", DOCS / "make_api.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_api_page_is_up_to_date(make_api: ModuleType) -> None:
+    """That every public name has a docstring is part of it: without one no page is made."""
+    assert make_api.page() == make_api.TARGET.read_text("utf-8"), "run: python docs/make_api.py"
+    for package in make_api.PACKAGES:
+        assert f"\n## {package}\n" in make_api.page()
+
+
+def test_a_name_without_a_docstring_makes_no_page(make_api: ModuleType) -> None:
+    def bare(a: int) -> None: ...
+
+    with pytest.raises(LookupError, match="'bare' has no docstring"):
+        list(make_api.entry("bare", bare))
+    bare.__doc__ = "Told."
+    assert "bare(a: int) -> None\n\n    Told." in "".join(make_api.entry("bare", bare))
+
+
+# -- policies ----------------------------------------------------------------------------------
+
+
+def test_policies_are_policies() -> None:
+    """Each JSON block of the how-to for S3 parses and grants what its heading says, no more."""
+    text = (DOCS / "howto" / "s3.md").read_text("utf-8")
+    policies = {
+        part.partition("\n")[0]: json.loads(match[1])
+        for part in text.split("\n### ")[1:]
+        if (match := re.search(r"^```json\n(.*?)^```$", part, re.MULTILINE | re.DOTALL))
+    }
+    assert list(policies) == ["Trainer", "Sidecar", "Service", "Reader"]
+    granted = {
+        name: {
+            (action, resource.removeprefix("arn:aws:s3:::bucket"))
+            for statement in policy["Statement"]
+            for action in statement["Action"]
+            for resource in statement["Resource"]
+        }
+        for name, policy in policies.items()
+    }
+    for name, pairs in granted.items():
+        assert {("s3:GetObject", "/prefix/*"), ("s3:ListBucket", "")} <= pairs, name
+        assert all(r.startswith("/prefix/") for a, r in pairs if "Object" in a), name
+    writable = {
+        name: {r for a, r in pairs if a in ("s3:PutObject", "s3:DeleteObject")}
+        for name, pairs in granted.items()
+    }
+    assert writable["Reader"] == set()
+    assert writable["Sidecar"] == {"/prefix/leases/*", "/prefix/replicas/*"}
+    assert writable["Trainer"] == {"/prefix/*"}
+    assert not {"/prefix/steps/*", "/prefix/writers/*"} & writable["Service"]
