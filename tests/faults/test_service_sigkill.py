@@ -73,8 +73,12 @@ def nothing_is_half(storage: Storage) -> None:
 
 
 def remains(root: Path) -> list[str]:
-    """Names of unfinished work and of what is on its way out."""
-    return [str(path) for path in root.rglob("*") if path.name.startswith((".tmp-", ".trash-"))]
+    """Names of unfinished work and of what is on its way out.
+
+    Records of jobs that were never asked for whole are no job's; they go after an hour.
+    """
+    found = (path for path in root.rglob("*") if path.name.startswith((".tmp-", ".trash-")))
+    return [str(path) for path in found if not path.name.endswith("-job.json")]
 
 
 def body_of(kind: str, client: httpx.Client) -> dict[str, Any]:

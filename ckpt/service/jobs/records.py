@@ -361,6 +361,7 @@ class JobBook:
                 continue
             if self.storage.exists(f"{job_dir(job)}/result.json"):
                 ended.add(job)
+                self.sweep(job)  # whoever ended it may have been killed at that
             elif self.storage.exists(f"{job_dir(job)}/job.json"):
                 yield job
             elif time.time() - int(job.split("-")[1]) / 1000 > ABANDONED_S:
