@@ -11,13 +11,16 @@ A fence's info string says what is done with a block:
 - ``python of PATH``: an excerpt: its lines stand in that file of the repository, in this order.
 
 ``<!-- stand-in: areal -->`` in a document lets it import the tests' stand-in for AReaL, and
-``vllm`` there has one answer for vLLM with the model ``tiny-qwen2``. In the
-how-tos every Python block must be of one of these kinds, and our commands in ``sh`` blocks have to
-parse.
+``vllm`` there has one answer for vLLM with the model ``tiny-qwen2``. In the how-tos every Python
+block must be of one of these kinds. Elsewhere what is not run has to parse, and to name what there
+is; so have our commands in shell blocks.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import random
 import re
 import shlex
@@ -77,6 +80,7 @@ def named(path: Path) -> str:
 RUNNABLE = [p for p in DOCUMENTS if any("run" in b.info[1:] for b in blocks_of(p))]
 EXCERPTS = [(p, b) for p in DOCUMENTS for b in blocks_of(p) if b.info[1:2] == ("of",)]
 HOWTOS = [p for p in DOCUMENTS if p.parent.name == "howto" or p.name == "tutorial.md"]
+OURS = ("ckpt", "archon_lora")
 ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
 
 
@@ -207,18 +211,41 @@ def test_python_in_a_howto_is_run_or_an_excerpt(path: Path) -> None:
     assert loose == []
 
 
-@pytest.mark.parametrize("path", HOWTOS, ids=named)
-def test_our_commands_in_a_howto_parse(path: Path) -> None:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_python_that_is_not_run_uses_names_and_arguments_that_exist(path: Path) -> None:
+    """Fragments cannot run, as they leave out what the reader has."""
+    loose = [b for b in blocks_of(path) if b.info == ("python",)]
+    imported: dict[str, Any] = {}
+    for block in loose:
+        for node in ast.walk(ast.parse("\n" * block.line + block.text)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in OURS:
+                home = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    imported[alias.asname or alias.name] = getattr(home, alias.name)
+    for block in loose:
+        for node in ast.walk(ast.parse("\n" * block.line + block.text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in imported:
+                known = inspect.signature(imported[node.func.id]).parameters
+                unknown = {word.arg for word in node.keywords if word.arg} - set(known)
+                assert not unknown, f"{named(path)}:{node.lineno}: {node.func.id} has no {unknown}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_our_commands_parse(path: Path) -> None:
     group = typer.main.get_command(app)
     for block in blocks_of(path):
-        lines = block.text.splitlines() if block.info[:1] == ("sh",) else []
-        for words in (shlex.split(line, comments=True) for line in lines):
-            if words[:1] == ["ckpt"]:
+        shell = block.info in ((), ("sh",), ("sh", "background"), ("console",))
+        text = re.sub(r"\\\n\s*", " ", block.text) if shell else ""
+        for line in text.splitlines():
+            if not re.match(r"(\$ )?(ckpt|torchrun) ", line):
+                continue
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[0] == "ckpt" and words[1] != "--print-config":
                 command = group.commands[words[1]]
                 command.make_context(words[1], words[2:])
-            elif words[:1] == ["torchrun"]:
-                script = next(word for word in words if word.endswith(".py"))
-                assert (ROOT / script).is_file()
+            elif words[0] == "torchrun":
+                script = next((word for word in words if word.endswith(".py")), "docs")
+                assert (ROOT / script).exists()
 
 
 def test_there_is_something_to_run() -> None:
