@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,10 +76,14 @@ def test_example_runs_and_resumes(tmp_path: Path) -> None:
         names = {p.name for p in folder.iterdir()}
         assert names == {"MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"}
 
-    for words in commands():
-        if words[:2] in (["ckpt", "versions"], ["ckpt", "lint"]):
+    said = commands()
+    (serve,) = (words for words in said if words[:2] == ["ckpt", "serve"])
+    with served(serve, tmp_path) as port:
+        for words in said:
+            if words[:2] not in (["ckpt", "versions"], ["ckpt", "lint"]):
+                continue
             done = subprocess.run(
-                [sys.executable, "-m", "ckpt.cli", *words[1:]],
+                [*CKPT, *(word.replace(":8080/", f":{port}/") for word in words[1:])],
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
@@ -84,3 +93,28 @@ def test_example_runs_and_resumes(tmp_path: Path) -> None:
             shown = done.stdout
             assert done.returncode == (words[1] == "lint"), done.stderr  # SGLang's objection
             assert ("sglang: refused" if words[1] == "lint" else "run-v00000004") in shown
+
+
+CKPT = [sys.executable, "-m", "ckpt.cli"]
+
+
+@contextlib.contextmanager
+def served(words: list[str], folder: Path) -> Iterator[int]:
+    """The service that the README starts, on a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [*CKPT, *words[1:], "--listen", f"127.0.0.1:{port}"]
+    service = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert service.poll() is None, "the service ended"
+            assert time.monotonic() < deadline, "the service does not answer"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield port
+    finally:
+        service.terminate()
+        assert service.wait(30) in {0, -signal.SIGTERM}
