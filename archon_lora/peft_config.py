@@ -59,7 +59,7 @@ REFUSED: Mapping[str, str] = {
     "layers_pattern": "select layers with a regular expression in target_modules instead",
     "fan_in_fan_out": "only nn.Linear, whose weight is (out, in), takes an adapter",
     "target_parameters": "name the linear layers of single experts in target_modules instead",
-    "trainable_token_indices": "embeddings take no adapter",
+    "trainable_token_indices": "retrained rows of an embedding are another computation than LoRA",
     "ensure_weight_tying": "tied weights take no adapter",
     "megatron_config": "Megatron's parallel layers are not supported",
     "loftq_config": "LoftQ changes the base weights",

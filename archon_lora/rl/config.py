@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from archon_lora.errors import TrainConfigError
 from archon_lora.models.parallel_dims import ParallelDims
+from archon_lora.peft_config import REFUSED
 from archon_lora.rl.decode import decode_section
 from archon_lora.rl.sections import (
     CheckpointSection,
@@ -160,6 +161,11 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     for name in data:
         if name not in sections:
             msg = f"unknown section [{name}]; the sections are {', '.join(sorted(sections))}"
+            raise TrainConfigError(msg)
+    lora = data.get("lora")
+    for name in lora if isinstance(lora, Mapping) else ():
+        if name in REFUSED:
+            msg = f"lora.{name} is not supported: {REFUSED[name]}"
             raise TrainConfigError(msg)
     hints = typing.get_type_hints(TrainConfig)
     decoded: dict[str, Any] = {

@@ -186,3 +186,11 @@ def test_rarer_hand_overs_leave_less_to_sample_ahead(bound, every, ahead):
 def test_who_samples_and_how_old_samples_may_be_can_change_on_a_resume():
     local = parse_config({**MINIMAL, "rollout": {"max_staleness": 4}})
     assert parse_config(with_engine()).resume_key() == local.resume_key()
+
+
+def test_what_lora_does_not_do_is_refused_with_the_reason(tmp_path):
+    path = write(tmp_path, '[model]\npath = "m"\n[checkpoint]\nroot = "r"\n')
+    with pytest.raises(
+        TrainConfigError, match=r"lora\.use_dora is not supported: DoRA's row norms"
+    ):
+        load_config(path, ["lora.use_dora=true"])
