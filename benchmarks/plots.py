@@ -83,15 +83,19 @@ def _growth(cases: Sequence[Any], path: Path) -> Path:
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for column, (axis, label) in enumerate(_AXES.items()):
         mine = [case for case in cases if case["axis"] == axis]
+        colours = {name: f"C{index}" for index, name in enumerate(mine[0]["rounds"] if mine else ())}
         for row, key in enumerate(("stall", "total")):
             axes = grid[row][column]
-            for name in mine[0]["rounds"] if mine else ():
+            for name, colour in colours.items():
                 if key == "total" and name == Memcpy.name:
                     continue
                 x = [case["bytes_per_rank" if axis == "bytes" else axis] for case in mine]
                 y = [Spread.of(values_of(case["rounds"], name, key)).middle for case in mine]
-                axes.plot(x, y, marker="o", label=name)
+                axes.plot(x, y, marker="o", color=colour, label=name)
             axes.set_xscale("log")
+            if axis == "ranks":
+                axes.set_xticks([case[axis] for case in mine], [str(case[axis]) for case in mine])
+                axes.minorticks_off()
             axes.set_yscale("log")
             axes.set_xlabel(label)
             axes.set_ylabel("stall, ms" if key == "stall" else "complete after, ms")
