@@ -83,7 +83,8 @@ def _growth(cases: Sequence[Any], path: Path) -> Path:
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for column, (axis, label) in enumerate(_AXES.items()):
         mine = [case for case in cases if case["axis"] == axis]
-        colours = {name: f"C{index}" for index, name in enumerate(mine[0]["rounds"] if mine else ())}
+        savers = mine[0]["rounds"] if mine else ()
+        colours = {name: f"C{index}" for index, name in enumerate(savers)}
         for row, key in enumerate(("stall", "total")):
             axes = grid[row][column]
             for name, colour in colours.items():
