@@ -36,6 +36,7 @@ import torch
 
 from .dtypes import TORCH_DTYPES, dtype_code
 from .errors import DamagedError, StateError
+from .memory import bytes_of
 
 STATE_FORMAT = "ckpt.state"
 SCHEMA = 1
@@ -186,8 +187,7 @@ def _encode_tensor(obj: torch.Tensor, path: str, depth: int) -> Any:
     except StateError as error:
         _refuse(path, str(error))
     flat = obj.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
-    # Via the buffer protocol of uint8, which every torch dtype can be viewed as.
-    raw = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    raw = bytes(bytes_of(flat)) if flat.numel() else b""
     return _tag("tensor", _text(raw), dtype=code, shape=list(obj.shape))
 
 
