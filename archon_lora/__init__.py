@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .adapter import (
         AdapterModule,
         AppliedLoRA,
@@ -148,11 +150,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     home = _HOMES.get(name)
     if home is None:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     return getattr(importlib.import_module(f".{home}", __name__), name)
+
+
+def _version() -> str:
+    """That of the installed distribution, which pyproject.toml alone declares."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("archon-lora")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def __dir__() -> list[str]:

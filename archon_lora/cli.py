@@ -1,192 +1,29 @@
-"""``archon-lora``: train, make a tiny model, run the demonstration.
+"""The ``archon-lora`` command's entry point.
 
-Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting or argument,
-143 a SIGTERM ended the training after its last step was committed.
+The commands need typer and rich, which come with the extra ``[cli]``; without them the answer is
+one line that says so.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import signal
 import sys
-import traceback
-from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.console import Console
-
-from archon_lora.errors import (
-    ArchonLoraError,
-    LoRAConfigError,
-    ModelLoadError,
-    ParallelConfigError,
-    TargetError,
-    TrainConfigError,
-)
-from ckpt.errors import CkptError, ConfigError, UnrestoredRoot
-
-USAGE = 2
-FAILED = 1
-PREEMPTED = 128 + signal.SIGTERM
-"""What a shell reports for a process that SIGTERM ended; here the work is saved as well."""
-_PIPE_WIDTH = 140
-
-_SETTINGS_ERRORS = (
-    TrainConfigError,
-    LoRAConfigError,
-    TargetError,
-    ModelLoadError,
-    ParallelConfigError,
-    ConfigError,
-    UnrestoredRoot,
-)
-"""What the user's own settings cause: reported in one line, with status 2."""
-
-app = typer.Typer(
-    name="archon-lora",
-    help="LoRA reinforcement learning with resumable, sharded checkpoints.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="TOML file; see docs/main-job.md.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting."),
-    ] = None,
-    warm_start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Begin with this PEFT directory's adapter, unless there is a checkpoint.",
-        ),
-    ] = None,
-    rollout: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Who samples: local, vllm or sglang (rollout.source)."),
-    ] = None,
-    engines: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine",
-            metavar="URL",
-            help="A replica, such as http://127.0.0.1:8000; once for each (engine.urls).",
-        ),
-    ] = None,
-    print_config: Annotated[
-        bool,
-        typer.Option("--print-config", help="Print every setting as the run would have it."),
-    ] = False,
-) -> None:
-    """Train an adapter, going on from the newest checkpoint if there is one.
-
-    Runs on one rank by itself, and on any number of ranks under
-    ``torchrun --nproc-per-node N -m archon_lora.cli train CONFIG``.
-    """
-    from archon_lora.rl.config import load_config
-    from archon_lora.rl.settings import config_text, environment_overrides
-
-    logging.basicConfig(format=f"archon-lora{_rank_note()}: %(message)s", level=logging.WARNING)
-    settings = [*environment_overrides(os.environ), *(overrides or ())]
-    if warm_start is not None:
-        settings.append(f"warm_start.url={json.dumps(warm_start)}")
-    if rollout is not None:
-        settings.append(f"rollout.source={json.dumps(rollout)}")
-    if engines:
-        settings.append(f"engine.urls={json.dumps(engines)}")
-    loaded = load_config(config, settings)
-    if print_config:
-        sys.stdout.write(config_text(loaded))
-        return
-    from archon_lora.rl.loop import run_training
-
-    stopped = run_training(loaded)
-    if stopped is not None:
-        note = f"step {stopped} is committed; the same command goes on from it"
-        sys.stderr.write(f"archon-lora{_rank_note()}: stopped by a signal: {note}\n")
-        raise typer.Exit(PREEMPTED)
-
-
-@app.command("make-tiny")
-def make_tiny(
-    directory: Annotated[Path, typer.Argument(help="Directory to write.")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 64,
-    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 2,
-    std: Annotated[
-        float,
-        typer.Option(help="Standard deviation of the weights; 0.1 lets an adapter move them."),
-    ] = 0.1,
-) -> None:
-    """Write a tiny random Qwen2 model in HuggingFace's format, with a tokenizer."""
-    from archon_lora.models.tiny import write_tiny_qwen2
-
-    write_tiny_qwen2(directory, seed=seed, hidden=hidden, layers=layers, std=std)
-    typer.echo(f"wrote a tiny Qwen2 model to {directory}")
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Directory for models, logs and results.")] = Path(
-        "demo-out"
-    ),
-) -> None:
-    """Train, kill, resume, reshard, export and check every step of it, on an embedded S3."""
-    from archon_lora.rl.demo.run import DemoSettings, run_demo
-
-    # The default would end this process at once and leave its children behind.
-    signal.signal(signal.SIGTERM, _stop)
-    console = Console()
-    if not console.is_terminal:
-        # rich would assume 80 columns and fold every cell.
-        console = Console(width=_PIPE_WIDTH)
-    report = run_demo(out, DemoSettings(), console=console)
-    if not report.passed:
-        raise typer.Exit(FAILED)
+_EXTRA = frozenset({"typer", "rich"})
 
 
 def main() -> None:
-    """Run the command line; turns errors into one line and an exit status."""
+    """Run the command line and exit with its status."""
     try:
-        app()
-    except _SETTINGS_ERRORS as err:
-        _fail(err, USAGE)
-    except (ArchonLoraError, CkptError) as err:
-        _fail(err, FAILED)
-    except Exception as err:  # noqa: BLE001 - the last resort: everything is shown, nothing hidden
-        traceback.print_exc()
-        _fail(err, FAILED)
-
-
-def _stop(number: int, frame: object) -> None:
-    """Leave as an exception does, so that every child is ended on the way out."""
-    raise SystemExit(128 + number)
-
-
-def _fail(error: Exception, status: int) -> None:
-    """Say what failed and end the process at once.
-
-    A plain exit would first join every thread, and one of them may be waiting for a rank that
-    has died: the others must not outlive it by a deadline of minutes.
-    """
-    text = str(error) or type(error).__name__
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    sys.stdout.flush()
-    sys.stderr.write(f"archon-lora{_rank_note()}: {text}{notes}\n")
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _rank_note() -> str:
-    """Which rank speaks, under a launcher."""
-    rank = os.environ.get("RANK")
-    return "" if rank is None else f" [rank {rank}]"
+        from .cli_commands import run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        sys.stderr.write(
+            f"archon-lora: the command line needs {missing}: pip install 'archon-lora[cli]'\n"
+        )
+        sys.exit(2)
+    run()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 >>> start = manager.restore(TrainState(model, optimizer))       # doctest: +SKIP
 """
 
+from .about import package_version
 from .errors import (
     AlreadyExists,
     BaseMismatch,
@@ -35,6 +36,8 @@ from .takeover import WarmStart, warm_start
 from .tensorboard import TensorBoardReporter
 from .train_state import TrainState
 from .types import AdapterExport, BaseIdentity, Retention, SaveMetrics, TensorRule
+
+__version__ = package_version()
 
 __all__ = [
     "ALL_PARTS",

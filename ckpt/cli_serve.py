@@ -13,7 +13,9 @@ import typer
 from .cli_console import Endpoint, reported, store_options
 from .errors import ConfigError
 
-_EXTRA = frozenset({"fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic", "h11"})
+_EXTRA = frozenset(
+    {"fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic", "h11", "jinja2"}
+)
 
 log = logging.getLogger("ckpt.service")
 

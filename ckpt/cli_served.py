@@ -36,10 +36,16 @@ def served_prune(
 
     Raises:
         CkptError: the one that the job failed with.
+        ConfigError: what the client needs is not installed.
         StorageError: the service does not answer.
     """
-    from .client import Client
-
+    try:
+        from .client import Client
+    except ModuleNotFoundError as error:
+        if error.name not in {"httpx", "msgspec"}:
+            raise
+        msg = f"pruning by a service needs {error.name}: pip install 'archon-lora[client]'"
+        raise ConfigError(msg) from None
     client = Client.over(storage)
     shown = _result(client.wait_job(client.prune(**rules).id, timeout_s=_JOB_S))
     if dry_run or all(row["keep"] for row in shown["entries"]):

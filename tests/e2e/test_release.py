@@ -1,73 +1,28 @@
-"""What is released: a source archive from which the wheel can be built, and a wheel that works.
+"""What is released: a source archive that is the repository, and the wheel that it builds.
 
-``make release`` installs the wheel into an empty environment and runs the README's example there;
-the rest runs with all other tests.
+What the wheel does once installed: test_installed.py.
 """
 
 from __future__ import annotations
 
+import configparser
 import email.message
 import email.parser
-import importlib.metadata
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import tomllib
-import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = ("archon_lora", "ckpt")
-SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
-ASKED = "CKPT_TEST_RELEASE"
-
-PERMISSIVE = re.compile(
-    r"apache|bsd|mit\b|psf|python software foundation|isc|zlib|unlicense", re.IGNORECASE
-)
-WEAK = {"certifi", "tqdm"}
-"""Under the Mozilla Public License, which binds changes to their own files alone."""
 
 pytestmark = pytest.mark.e2e
-
-
-def build(kind: str, source: Path, into: Path) -> Path:
-    """What a build front end does once its environment is there."""
-    into.mkdir(exist_ok=True)
-    call = f"import setuptools.build_meta as b; print(b.build_{kind}({str(into)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=source, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return into / done.stdout.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that was made from the source archive, not from the checkout."""
-    folder = tmp_path_factory.mktemp("release")
-    checkout = folder / "checkout"
-    checkout.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, checkout / name)
-    archive = build("sdist", checkout, folder / "dist")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder / "unpacked", filter="data")
-    (source,) = (folder / "unpacked").iterdir()
-    return build("wheel", source, folder / "dist")
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +31,38 @@ def names(wheel: Path) -> set[str]:
         return set(packed.namelist())
 
 
+def document(wheel: Path, name: str) -> str:
+    """A file of the wheel's ``.dist-info``."""
+    with zipfile.ZipFile(wheel) as packed:
+        (path,) = (one for one in packed.namelist() if one.endswith(f".dist-info/{name}"))
+        return packed.read(path).decode("utf-8")
+
+
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> email.message.Message:
-    with zipfile.ZipFile(wheel) as packed:
-        (name,) = (one for one in packed.namelist() if one.endswith("dist-info/METADATA"))
-        return email.parser.Parser().parsestr(packed.read(name).decode("utf-8"))
+    return email.parser.Parser().parsestr(document(wheel, "METADATA"))
+
+
+def test_the_source_archive_is_the_repository_and_nothing_else(
+    sdist: Path, sources: list[str]
+) -> None:
+    """It was made in a checkout full of keys, caches and results (conftest.py: JUNK)."""
+    with tarfile.open(sdist) as packed:
+        members = [member for member in packed if member.isfile()]
+    found = {member.name.partition("/")[2] for member in members}
+    made = {name for name in found if name.startswith("archon_lora.egg-info/")}
+    assert found - made - {"PKG-INFO", "setup.cfg"} == set(sources)
+    assert {name.rpartition("/")[2] for name in made} <= {
+        *("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt"),
+        *("requires.txt", "top_level.txt"),
+    }
+    assert {"LICENSE", "CHANGELOG.md", "tests/conftest.py", "docs/format.md"} <= found
+    assert sdist.stat().st_size < 8_000_000
 
 
 def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(names: set[str]) -> None:
     wanted = {
-        str(path.relative_to(ROOT))
+        path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
@@ -96,97 +73,82 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(names: set[st
         assert f"{package}/py.typed" in found
 
 
-def test_the_wheel_says_what_it_is(names: set[str], metadata: email.message.Message) -> None:
+def test_the_wheel_says_what_it_is(
+    wheel: Path, names: set[str], metadata: email.message.Message
+) -> None:
     assert metadata["Version"] == PROJECT["version"]
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+    assert metadata["License-File"] == "LICENSE"
+    assert document(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text("utf-8")
     assert "# archon-lora" in str(metadata.get_payload())
     asked = {str(Requirement(one)) for one in metadata.get_all("Requires-Dist", [])}
     assert {str(Requirement(one)) for one in PROJECT["dependencies"]} <= asked
+    assert set(metadata.get_all("Provides-Extra", [])) == set(PROJECT["optional-dependencies"])
+    assert "py3-none-any" in wheel.name
+    points = configparser.ConfigParser()
+    points.read_string(document(wheel, "entry_points.txt"))
+    assert dict(points["console_scripts"]) == PROJECT["scripts"]
+    for target in [*PROJECT["scripts"].values(), points["vllm.general_plugins"]["ckpt"]]:
+        assert target.partition(":")[0].replace(".", "/") + ".py" in names
 
 
-def test_the_change_log_has_an_entry_for_what_comes_next() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    assert "## [Unreleased]" in text
-    assert f'version = "{PROJECT["version"]}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+def test_classifiers_name_what_is_tested(metadata: email.message.Message) -> None:
+    classifiers = metadata.get_all("Classifier", [])
+    assert "Typing :: Typed" in classifiers
+    assert not any(one.startswith("License ::") for one in classifiers)  # License-Expression does
+    pythons = [one for one in classifiers if "Python :: 3." in one]
+    oldest = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])
+    assert oldest is not None
+    assert pythons == [f"Programming Language :: Python :: {oldest[1]}"]
 
 
-def needed(names: list[str]) -> Iterator[str]:
-    """Distributions that these need in turn, as they are installed here."""
-    seen: set[str] = set()
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            requires = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform or Python
-        yield name
-        for text in requires:
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                todo.append(requirement.name.lower().replace("_", "-"))
+def entries(text: str) -> list[str]:
+    """The second-level headings of a change log, which must be in order."""
+    found = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert found[0] == "[Unreleased]", "what comes next has no entry"
+    numbers = []
+    for heading in found[1:]:
+        match = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}", heading)
+        assert match is not None, f"{heading!r} is not [X.Y.Z] - YYYY-MM-DD"
+        numbers.append(Version(match[1]))
+    assert numbers == sorted(set(numbers), reverse=True), "the newest version comes first"
+    return [str(number) for number in numbers]
 
 
-def licence(name: str) -> str:
-    about = importlib.metadata.metadata(name)
-    said = [str(about.get(field, "")) for field in ("License-Expression", "License")]
-    said += [one for one in about.get_all("Classifier", []) if one.startswith("License ::")]
-    return " ".join(said)[:4000]
+def check_version(text: str, version: str) -> None:
+    """The version is the newest that the change log has, or one that it will have next."""
+    released = entries(text)
+    if version not in released[:1]:
+        assert not released or Version(version) > Version(released[0]), "an old version"
+        pending = text.partition("## [Unreleased]\n")[2].partition("\n## ")[0]
+        assert pending.strip(), "a version of which the change log says nothing"
 
 
-def test_what_the_core_and_the_service_need_may_be_used_by_anybody() -> None:
-    extras = PROJECT["optional-dependencies"]
-    first = [*PROJECT["dependencies"], *extras["cli"], *extras["client"], *extras["service"]]
-    roots = [Requirement(one).name for one in first if not one.startswith("archon-lora")]
-    found = {name: licence(name) for name in needed(roots)}
-    assert len(found) > 20, "the walk over what is needed found next to nothing"
-    odd = {
-        name: said[:200]
-        for name, said in found.items()
-        if not PERMISSIVE.search(said) and name not in WEAK
-    }
-    assert not odd, f"neither permissive nor known: {odd}"
+def test_the_change_log_and_the_version_agree() -> None:
+    check_version((ROOT / "CHANGELOG.md").read_text("utf-8"), PROJECT["version"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(ASKED not in os.environ, reason="`make release` installs the wheel for itself")
-def test_an_empty_environment_runs_the_example(wheel: Path, tmp_path: Path) -> None:
-    home = tmp_path / "venv"
-    venv.create(home, with_pip=True)
-    python = home / "bin/python"
-    torch = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
-    assert torch is not None
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, torch.group()], check=True, timeout=1200)
-    constraints = ["-c", str(ROOT / "constraints.txt")]
-    subprocess.run([*pip, *constraints, str(wheel)], check=True, timeout=1200)
-    text = (ROOT / "README.md").read_text("utf-8")
-    example = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert example is not None
-    (tmp_path / "example.py").write_text(example.group(1))
-    clean = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
-    for first in (0, 10):
-        done = subprocess.run(
-            [str(python), "-W", "error::DeprecationWarning:ckpt", "example.py"],
-            cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert f"went from step {first} to {first + 9}" in done.stdout
-    bare = subprocess.run(
-        [home / "bin/ckpt", "ls", "."], capture_output=True, text=True, check=False
-    )
-    assert bare.returncode == 2
-    assert "pip install 'archon-lora[cli]'" in bare.stderr
-    subprocess.run([*pip, *constraints, f"{wheel}[service]"], check=True, timeout=1200)
-    listed = subprocess.run(
-        [home / "bin/ckpt", "ls", "runs/first"], cwd=tmp_path, env=clean, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert listed.returncode == 0, listed.stderr
-    assert "run-v00000004" in listed.stdout
-    checked = subprocess.run([str(python), "-m", "pip", "check"], capture_output=True, check=False)
-    assert checked.returncode == 0, checked.stdout
+@pytest.mark.parametrize(
+    ("log", "version"),
+    [
+        ("## [0.1.0] - 2026-01-02\n", "0.1.0"),
+        ("## [Unreleased]\n\n", "0.1.0"),
+        ("## [Unreleased]\n\n## [0.2.0] - 2026-01-02\n- x\n", "0.1.0"),
+        ("## [Unreleased]\n\n## [0.2.0]\n- x\n", "0.2.0"),
+        ("## [Unreleased]\n## [0.1.0] - 2026-01-02\n## [0.2.0] - 2026-01-03\n", "0.2.0"),
+    ],
+)
+def test_a_change_log_can_disagree(log: str, version: str) -> None:
+    with pytest.raises(AssertionError):
+        check_version(log, version)
+
+
+def test_the_version_is_written_down_once() -> None:
+    version = re.escape(PROJECT["version"])
+    code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    twice = [
+        path.relative_to(ROOT).as_posix()
+        for path in code
+        if re.search(rf"version.*[\"']{version}[\"']", path.read_text("utf-8"), re.IGNORECASE)
+    ]
+    assert twice == []

@@ -65,7 +65,7 @@ def unsafe_reads(tree: ast.AST) -> list[str]:
 
 def core_modules() -> list[Path]:
     """The LoRA core: everything in archon_lora but models, engine, rl and cli."""
-    outer = {"models", "engine", "rl", "cli.py"}
+    outer = {"models", "engine", "rl", "cli.py", "cli_commands.py"}
     root = ROOT / "archon_lora"
     return [p for p in sorted(root.rglob("*.py")) if p.relative_to(root).parts[0] not in outer]
 

@@ -1,6 +1,7 @@
 """What a user gets wrong is one line that names it and the remedy, with exit status 2."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def run(monkeypatch, capsys):
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["archon-lora", *map(str, args)])
-        monkeypatch.setattr(cli.os, "_exit", end)
+        monkeypatch.setattr(os, "_exit", end)
         try:
             cli.main()
         except Ended as ended:
@@ -223,7 +224,7 @@ def test_engines_on_the_command_line_are_settings(run, tmp_path, tiny):
 
 def test_without_an_engine_nothing_of_one_is_imported():
     code = (
-        "import sys, archon_lora.cli, archon_lora.rl.loop\n"
+        "import sys, archon_lora.cli_commands, archon_lora.rl.loop\n"
         "assert not {'httpx', 'ckpt.handoff.replica'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from archon_lora.cli import app
+from archon_lora.cli_commands import app
 from archon_lora.errors import TrainConfigError
 from archon_lora.rl.config import load_config, parse_config
 from archon_lora.rl.settings import config_text, environment_overrides

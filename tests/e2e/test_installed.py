@@ -1,0 +1,167 @@
+"""What the wheel does in an environment that holds only what it asks for.
+
+The environments here are linked together from what is installed already. ``make release`` makes a
+real one, with pip, and looks at it with a type checker too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.environments import Environment, linked_environment, needed
+from support.s3_server import S3Server
+
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+ASKED = "CKPT_TEST_RELEASE"
+
+NEED_AN_EXTRA = {
+    "archon_lora.cli_commands": {"typer"},
+    "archon_lora.rl": {"tokenizers", "rich", "httpx"},
+    "ckpt.cli_": {"typer", "rich"},
+    "ckpt.client": {"httpx", "msgspec"},
+    "ckpt.handoff": {"httpx"},
+    "ckpt.service": {"fastapi", "h11", "starlette", "uvicorn", "prometheus_client", "httpx"},
+    "ckpt.storage.http_": {"httpx"},
+    "ckpt.storage.s3_obstore": {"ConfigError: the obstore backend needs obstore"},
+}
+"""The modules that cannot be imported with the core alone, by prefix, and why not."""
+
+pytestmark = pytest.mark.e2e
+
+
+def example(root: str = "runs/first") -> str:
+    """The README's, on another root if need be."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (found,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found.count('"runs/first"') == 1
+    return str(found).replace('"runs/first"', json.dumps(root))
+
+
+def distributions(*extras: str) -> set[str]:
+    return set(needed([*PROJECT["dependencies"], *(t for e in extras for t in EXTRAS[e])], EXTRAS))
+
+
+@pytest.fixture(scope="module")
+def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    home = tmp_path_factory.mktemp("core") / "venv"
+    return linked_environment(home, wheel, distributions())
+
+
+@pytest.fixture(scope="module")
+def cli(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    home = tmp_path_factory.mktemp("cli") / "venv"
+    return linked_environment(home, wheel, distributions("cli"))
+
+
+def say(where: Environment, cwd: Path, *calls: list[str]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of commands in an environment."""
+    done = where.run(str(SUPPORT / "say.py"), json.dumps(calls), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return [(status, out, err) for status, out, err in json.loads(done.stdout)]
+
+
+def test_the_core_alone_runs_the_example(core: Environment, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(example())
+    for first in (0, 10):
+        done = core.run("example.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"went from step {first} to {first + 9}\n"
+
+
+@pytest.mark.s3
+def test_the_core_alone_saves_to_s3(core: Environment, tmp_path: Path, s3: S3Server) -> None:
+    (tmp_path / "example.py").write_text(example(s3.url("bare")))
+    done = core.run("example.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "went from step 0 to 9\n"
+
+
+def test_the_core_alone_imports_all_but_what_an_extra_is_for(
+    core: Environment, tmp_path: Path
+) -> None:
+    done = core.run(str(SUPPORT / "import_all.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not {"numpy", "typer", "rich", "fastapi", "httpx"} & set(found["loaded"])
+    odd = {
+        name: why
+        for name, why in found["stopped"].items()
+        if not any(
+            name.startswith(prefix) and any(why.startswith(reason) for reason in reasons)
+            for prefix, reasons in NEED_AN_EXTRA.items()
+        )
+    }
+    assert odd == {}
+    assert len(found["stopped"]) > 30
+
+
+def test_without_the_extra_a_command_says_which_one(
+    core: Environment, cli: Environment, tmp_path: Path
+) -> None:
+    for status, out, err in say(core, tmp_path, ["ckpt.cli", "ls", "."], ["archon_lora.cli"]):
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"[\w-]+: the command line needs typer: .*lora\[cli\]'\n", err)
+
+    serve = ["ckpt.cli", "serve", "--root", "."]
+    engine = "vllm+http://127.0.0.1:9"
+    lacking = {
+        "service": serve,
+        "handoff": ["ckpt.cli", "sync", ".", "--run", "a", "--engine", engine, "--cache", "c"],
+        "client": ["ckpt.cli", "ls", "http://127.0.0.1:9/run"],
+        "rl": ["archon_lora.cli", "make-tiny", "m"],
+        "demo": ["archon_lora.cli", "demo"],
+    }
+    said = say(cli, tmp_path, *lacking.values())
+    for extra, (status, out, err) in zip(lacking, said, strict=True):
+        assert (status, out) == (2, ""), err
+        assert err.count("\n") == 1, err
+        assert re.search(rf"pip install 'archon-lora\[(cli,)?{extra}\]'", err), err
+    train = ["archon_lora.cli", "train", str(ROOT / "examples" / "train.toml")]
+    ((status, _out, err),) = say(cli, tmp_path, train)
+    assert status == 2
+    assert err.endswith("needs tokenizers: pip install 'archon-lora[rl]'\n")
+
+
+def test_the_commands_tell_their_version(cli: Environment, tmp_path: Path) -> None:
+    version = PROJECT["version"]
+    (ckpt, archon, serve, help_) = say(
+        cli, tmp_path, ["ckpt.cli", "--version"], ["archon_lora.cli", "--version"],
+        ["ckpt.cli", "serve", "--help"], ["archon_lora.cli", "--help"],
+    )  # fmt: skip
+    assert ckpt == (0, f"ckpt {version}\n", "")
+    assert archon == (0, f"archon-lora {version}\n", "")
+    assert serve[0] == help_[0] == 0
+    assert "--token-file" in serve[1]
+    assert "make-tiny" in help_[1]
+    shown = cli.run(
+        "-c", "import ckpt, archon_lora; print(ckpt.__version__, archon_lora.__version__)",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert shown.stdout == f"{version} {version}\n"
+
+
+@pytest.mark.parametrize("lost", ["fastapi", "uvicorn", "prometheus-client", "h11", "jinja2"])
+def test_the_service_names_what_it_lacks(
+    wheel: Path, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each of its packages, also where the others are there (an upgrade gone wrong)."""
+    from typer.testing import CliRunner
+
+    from ckpt.cli_commands import app
+
+    module = lost.replace("-", "_")
+    for name in [n for n in sys.modules if n.startswith(("ckpt.service", module))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    done = CliRunner().invoke(app, ["serve", "--root", str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert f"needs {module}" in done.stderr
+    assert "archon-lora[cli,service]" in done.stderr
