@@ -90,7 +90,8 @@ service-full: $(STAMP) ## every cell of the service's tests: kills, requests mad
 	  tests/contract/test_service_load.py $(PYTEST_ARGS)
 
 release: $(STAMP) ## the wheel from the source archive, installed into an empty environment
-	CKPT_TEST_RELEASE=1 $(BIN)/python -m pytest tests/e2e/test_release.py --timeout 2400 $(PYTEST_ARGS)
+	CKPT_TEST_RELEASE=1 $(BIN)/python -m pytest tests/e2e/test_release.py tests/e2e/test_installed.py \
+	  --timeout 2400 $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers ## the figures of the README, measured here (under 10 minutes)
 	$(BIN)/python -m benchmarks

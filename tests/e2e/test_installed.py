@@ -7,9 +7,12 @@ real one, with pip, and looks at it with a type checker too.
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -165,3 +168,120 @@ def test_the_service_names_what_it_lacks(
     assert done.exit_code == 2, done.output
     assert f"needs {module}" in done.stderr
     assert "archon-lora[cli,service]" in done.stderr
+
+
+# -- with pip ------------------------------------------------------------------------------------
+
+DOWNSTREAM = """
+from typing import assert_type
+
+from ckpt.handoff import Registry, Version
+
+
+def resumed(manager: CheckpointManager, state: TrainState) -> int:
+    start = manager.restore(state)
+    assert_type(start, int | None)
+    handle = manager.save(0, state, publish=True)
+    assert_type(handle, SaveHandle)
+    return 0 if start is None else start
+
+
+def newest(root: str) -> Version | None:
+    return Registry(root).latest()
+
+
+config = LoRAConfig(rank=8, alpha=16, target_modules=["q_proj"])
+resumed("not a manager", config)  # type: ignore[arg-type]
+LoRAConfig(rank="8")  # type: ignore[arg-type]
+"""
+"""After the README's example: what a strict checker must infer, and two mistakes it must see."""
+
+
+@pytest.fixture(scope="module")
+def pip_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment into which pip installed the wheel, and nothing that it does not ask for."""
+    home = tmp_path_factory.mktemp("pip") / "venv"
+    venv.create(home, with_pip=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = Environment(home, home / "lib" / version / "site-packages")
+    # torch first and alone, at the exact version: see the Makefile.
+    torch = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert torch is not None
+    pip_install(environment, torch.group())
+    pip_install(environment, str(wheel))
+    return environment
+
+
+def pip_install(where: Environment, *what: str) -> None:
+    done = where.run(
+        *("-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+        *("-c", str(ROOT / "constraints.txt"), *what),
+        cwd=where.home,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    checked = where.run("-m", "pip", "check", cwd=where.home)
+    assert checked.returncode == 0, checked.stdout
+
+
+def script(where: Environment, *words: str, cwd: Path) -> tuple[int, str, str]:
+    """Run a console script of an environment."""
+    done = where.run(str(where.home / "bin" / words[0]), *words[1:], cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASKED not in os.environ, reason="`make release` installs the wheel for itself")
+def test_an_empty_environment(pip_environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    here, version = pip_environment, PROJECT["version"]
+    (tmp_path / "example.py").write_text(example())
+    for first in (0, 10):
+        done = here.run("-W", "error::DeprecationWarning:ckpt", "example.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"went from step {first} to {first + 9}\n"
+
+    for command in ("ckpt", "archon-lora"):
+        status, _out, err = script(here, command, "--version", cwd=tmp_path)
+        assert status == 2
+        assert err.endswith("pip install 'archon-lora[cli]'\n")
+
+    pip_install(here, f"{wheel}[cli]")
+    for command in ("ckpt", "archon-lora"):
+        status, out, err = script(here, command, "--version", cwd=tmp_path)
+        assert (status, out) == (0, f"{command} {version}\n"), err
+        status, out, err = script(here, command, "--help", cwd=tmp_path)
+        assert status == 0, err
+    status, out, err = script(here, "ckpt", "ls", "runs/first", cwd=tmp_path)
+    assert status == 0, err
+    assert "run-v00000004" in out
+    status, _out, err = script(here, "ckpt", "serve", "--root", "runs/first", cwd=tmp_path)
+    assert status == 2
+    assert "archon-lora[cli,service]" in err
+
+    pip_install(here, f"{wheel}[service,handoff]")
+    status, out, err = script(here, "ckpt", "serve", "--help", cwd=tmp_path)
+    assert status == 0, err
+    assert "--token-file" in out
+    assert "numpy" not in {path.name for path in here.site.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASKED not in os.environ, reason="`make release` installs the wheel for itself")
+def test_a_project_that_uses_it_is_type_checked(
+    pip_environment: Environment, tmp_path: Path
+) -> None:
+    source = example().replace("import CheckpointManager,", "import CheckpointManager, SaveHandle,")
+    (tmp_path / "downstream.py").write_text(source + DOWNSTREAM)
+    checked = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--no-incremental"),
+            *("--python-executable", pip_environment.python, "downstream.py"),
+        ],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "MYPYPATH"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
