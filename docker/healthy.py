@@ -1,5 +1,7 @@
 """The health check of the service's image: 0 if ``/healthz`` answers 200 on ``$HEALTH_PORT``.
 
+Another path may be given as the one argument: ``/readyz``.
+
 The service answers it to anybody, a sidecar with a token does not: ``$TOKEN_FILE`` is then the file
 that ``--token-file`` names (one word, or lines of ``SCOPE TOKEN [NAME]``). A token that is shown on
 loopback goes nowhere else.
@@ -16,7 +18,8 @@ from pathlib import Path
 
 def main() -> int:
     """Ask once; the exit status."""
-    url = f"http://127.0.0.1:{int(os.environ.get('HEALTH_PORT', '8080'))}/healthz"
+    path = sys.argv[1] if len(sys.argv) > 1 else "/healthz"
+    url = f"http://127.0.0.1:{int(os.environ.get('HEALTH_PORT', '8080'))}{path}"
     request = urllib.request.Request(url, headers=_headers())
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -68,6 +68,21 @@ def check_arguments(arguments: list[str]) -> None:
             assert argument.partition("=")[0] in options(command), argument
 
 
+def test_the_region_reaches_whoever_asks_s3() -> None:
+    """botocore, and so s3fs, reads AWS_DEFAULT_REGION and not AWS_REGION."""
+    store = yaml.safe_load(read("compose.yaml"))["x-store"]
+    assert store["AWS_DEFAULT_REGION"] == "${S3_REGION:-us-east-1}"
+    assert "AWS_REGION" not in read("compose.yaml") + read("kubernetes.yaml")
+    variable = {"AWS_DEFAULT_REGION": "eu-central-1"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    code = "import botocore.session as s; print(s.Session().get_config_variable('region'))"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **variable, "AWS_CONFIG_FILE": os.devnull},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout == "eu-central-1\n"
+
+
 def test_compose_services_and_defaults() -> None:
     text = read("compose.yaml")
     services = yaml.safe_load(text)["services"]
@@ -88,30 +103,20 @@ def test_compose_services_and_defaults() -> None:
     assert used == said, "compose.yaml's defaults and .env.example differ"
 
 
-def test_the_example_for_kubernetes() -> None:
-    documents = list(yaml.safe_load_all(read("kubernetes.yaml")))
-    assert [one["kind"] for one in documents] == ["Deployment", "Service", "Deployment"]
-    mine = []
-    for deployment in documents[::2]:
-        pod = deployment["spec"]["template"]["spec"]
-        assert pod["automountServiceAccountToken"] is False
-        volumes = {volume["name"] for volume in pod["volumes"]}
-        for container in pod["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-            if "archon-lora-service" in container["image"]:
-                mine.append(container["name"])
-                check_arguments(container["args"])
-                limits = {**pod["securityContext"], **container["securityContext"]}
-                assert limits["runAsNonRoot"]
-                assert limits["readOnlyRootFilesystem"]
-                assert not limits["allowPrivilegeEscalation"]
-    assert mine == ["service", "sidecar"]
+def asked_path(path: str, port: int) -> int:
+    """Status of the health check that asks for a path."""
+    check = [sys.executable, str(DOCKER / "healthy.py"), path]
+    environment = {**os.environ, "HEALTH_PORT": str(port)}
+    return subprocess.run(
+        check, env=environment, capture_output=True, timeout=60, check=False
+    ).returncode
 
 
 class _Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known = self.headers.get("Authorization") == "Bearer long-enough-secret"
-        self.send_response(200 if known and self.path == "/healthz" else 401)
+        known = known or self.path == "/readyz"
+        self.send_response(200 if known else 401)
         self.end_headers()
 
     def log_message(self, *_args: object) -> None:
@@ -135,6 +140,15 @@ def test_the_health_check_shows_its_token(tmp_path: Path, tokens: str, status: i
         server.shutdown()
     assert asked.returncode == status, asked.stderr
     assert b"secret" not in asked.stderr
+
+
+def test_the_health_check_asks_another_path() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert asked_path("/readyz", port) == 0
+        assert asked_path("/healthz", port) == 1
+        server.shutdown()
 
 
 def test_run_settings_are_valid() -> None:
