@@ -15,11 +15,32 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("archon_lora", "ckpt", "ckpt.handoff", "ckpt.client", "ckpt.dcp")
+PACKAGES = (
+    "archon_lora",
+    "archon_lora.engine",
+    "ckpt",
+    "ckpt.handoff",
+    "ckpt.client",
+    "ckpt.dcp",
+    "ckpt.storage",
+)
+SINGLE = {
+    "archon_lora.engine.areal": ("ArchonLoRA", "HandOver"),
+    "archon_lora.models.parallel_dims": ("ParallelDims",),
+    "archon_lora.stages": ("mark_stages",),
+    "ckpt.consolidate": ("consolidate",),
+    "ckpt.dcp.exporting": ("export_checkpoint",),
+    "ckpt.dcp.importing": ("import_checkpoint",),
+    "ckpt.lint": ("BaseModel", "lint_adapter"),
+    "ckpt.storage.s3_reap": ("reap_uploads",),
+    "ckpt.versions": ("list_versions", "read_version"),
+}
+"""Names that the other pages use of modules whose further names are not for users."""
 TARGET = Path(__file__).with_name("api.md")
 INTRO = """# API
 
-The public names of {packages}, from their docstrings.
+The public names of {packages},
+and [others that are used singly](#single-names), from their docstrings.
 `python docs/make_api.py` writes this page; a test sees to it that it is up to date. What each error
 means, and what to do, stands in [the failure model](failure-model.md#errors).
 """
@@ -35,6 +56,11 @@ def page() -> str:
     parts = [INTRO.format(packages=packages)]
     for name in PACKAGES:
         parts += section(importlib.import_module(name))
+    parts.append("## Single names\n")
+    for name, members_of in SINGLE.items():
+        home = importlib.import_module(name)
+        for member in members_of:
+            parts += entry(f"{name}.{member}", getattr(home, member))
     return "\n".join(parts)
 
 

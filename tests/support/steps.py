@@ -121,7 +121,7 @@ def write_step(
         epoch=epoch,
         attempt=attempt,
         created=created or utc_now(),
-        writer_version="test",
+        writer_version="0.0.test",
         world_size=world,
         mesh=None,
         fingerprint=hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest(),

@@ -141,6 +141,30 @@ def test_the_api_page_is_up_to_date(make_api: ModuleType) -> None:
         assert f"\n## {package}\n" in make_api.page()
 
 
+def imported(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of ours that a page's Python blocks import."""
+    found = set()
+    for code in re.findall(
+        r"^```python[^\n]*\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        try:
+            tree = ast.parse(code)
+        except SyntaxError:  # an excerpt, whose lines are indented
+            tree = ast.parse("\n".join(line for line in code.splitlines() if line[:1] in "fi"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {(node.module, alias.name) for alias in node.names}
+    return {(home, name) for home, name in found if home.split(".")[0] in ("ckpt", "archon_lora")}
+
+
+def test_what_pages_import_stands_on_the_api_page() -> None:
+    headings = set(HEADING.findall((DOCS / "api.md").read_text("utf-8")))
+    found = {pair for path in PAGES for pair in imported(path)}
+    assert {("ckpt.handoff", "Handover"), ("ckpt.client", "Client")} <= found
+    missing = [f"{m}.{n}" for m, n in found if not {n, f"{m}.{n}"} & headings]
+    assert [name for name in missing if name.rpartition(".")[2] not in error_names()] == []
+
+
 def test_a_name_without_a_docstring_makes_no_page(make_api: ModuleType) -> None:
     def bare(a: int) -> None: ...
 
