@@ -39,7 +39,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from archon_lora import cli as training
+from archon_lora import cli_commands as training
 from ckpt.cli_commands import app
 from support.warm_start import start
 
