@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from ckpt.storage.faultpoints import _ACTIONS as ACTIONS
+from ckpt.storage.faultpoints import POINTS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md"), *ROOT.glob("docker/**/*.md")])
@@ -119,6 +122,38 @@ def test_every_error_says_what_it_means_and_what_to_do() -> None:
     assert names - rows.keys() == set(), "not in docs/failure-model.md"
     assert rows.keys() - names == set(), "no such error"
     assert [name for name, cells in rows.items() if len(cells) != 2 or not all(cells)] == []
+
+
+# -- faults ------------------------------------------------------------------------------------
+
+
+def keys_of(path: Path, table: str) -> set[str]:
+    """The keys of a dictionary that a module defines."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        target = node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+        if getattr(target, "id", None) == table:
+            return {ast.literal_eval(key) for key in node.value.keys}
+    raise LookupError(f"{path} has no {table}")
+
+
+def test_every_fault_of_the_matrix_is_in_the_failure_model() -> None:
+    text = (DOCS / "failure-model.md").read_text("utf-8")
+    faults = ROOT / "tests" / "faults"
+    section = text.partition("\n## How the cells work\n")[2]
+    told = set(re.findall(r"`([^`\n]+)`", section))
+    assert {name for name in told if re.match(POINT, name)} == POINTS
+    assert f"=point[:nth]={'|'.join(ACTIONS)}`" in section
+    kinds = keys_of(faults / "test_damaged_files.py", "DAMAGES")
+    kinds |= keys_of(faults / "test_broken_store.py", "HOW")
+    assert len(kinds) > 12
+    assert kinds - told == set(), "not in docs/failure-model.md"
+    files = {path.name for path in faults.glob("test_*.py")}
+    assert files == {name for name in told if name.startswith("test_")}
+
+
+POINT = r"(posix|object|commit|upload|job)\.[a-z_.]+$"
 
 
 # -- the API page ------------------------------------------------------------------------------
