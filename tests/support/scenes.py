@@ -23,12 +23,11 @@ from ckpt.layout import new_attempt
 from ckpt.publish import publish_version
 from ckpt.source import MemorySource
 from ckpt.storage import open_storage
-from support import scene_commands, shown_root, stock
+from support import scene_commands, scene_loops, shown_root
 from support.documents import ROOT, Scene, Stage
 from support.roots import LAYERS, bucket, engine, on_s3, publish, root_at
 from support.tiny_run import Run
 
-SITE = ROOT / "tests/support/areal_site"
 TOKEN = "a-token-of-the-tests-0123456789"
 
 
@@ -73,53 +72,7 @@ def serves_newest(name: str) -> Callable[[Stage], None]:
     return end
 
 
-# -- loops -------------------------------------------------------------------------------------
-
-
-def areal(stage: Stage) -> None:
-    stage.patch.syspath_prepend(str(SITE))
-    model, optimizer = stock.model_and_optimizer()
-    saved = stock.state_dict(model, optimizer, flat=True)
-    stock.save({"dcp": saved}, stage.folder / "recover_checkpoint")
-
-
-def areal_end(stage: Stage) -> None:
-    from areal.api.cli_args import TrainEngineConfig
-
-    (settings,) = stage.read
-    known = {field.name for field in dataclasses.fields(TrainEngineConfig)} | {"backend"}
-    assert settings["actor"].keys() <= known
-    assert settings["saver"] == {"mode": "sync"}
-
-
-def torchtitan(stage: Stage) -> None:
-    model, optimizer = stock.model_and_optimizer()
-    found = stock.state_dict(model, optimizer, flat=True)
-    saved = found["model"] | {"optimizer": found["optim"], "dataloader": {"a": 1}}
-    stock.save(saved, stage.folder / "outputs/checkpoint/step-1000")
-
-
-def torchtitan_import(stage: Stage) -> None:
-    (stage.folder / "runs/titan").rename(stage.folder / "runs/shown")  # the page has used it
-
-
-def verl(stage: Stage) -> None:
-    model, optimizer = stock.model_and_optimizer()
-    actor = stage.folder / "checkpoints/project/experiment/global_step_400/actor"
-    actor.mkdir(parents=True)
-    for kind, value in (("model", model.state_dict()), ("optim", optimizer.state_dict())):
-        torch.save(value, actor / f"{kind}_world_size_1_rank_0.pt")
-
-
-def imported(root: str, step: int) -> Callable[[Stage], None]:
-    """The step is in a root, and a trainer resumes from it."""
-
-    def end(stage: Stage) -> None:
-        model, optimizer = stock.model_and_optimizer(seed=1)
-        with CheckpointManager(stage.folder / root) as manager:
-            assert manager.restore(TrainState(model, optimizer), strict=False) == step
-
-    return end
+# -- checkpoints -------------------------------------------------------------------------------
 
 
 def reports(stage: Stage) -> None:
@@ -153,9 +106,6 @@ def layouts_mesh(stage: Stage) -> None:
 def layouts_end(stage: Stage) -> None:
     stage.names["model"](torch.ones(3, 8)).sum().backward()
     assert stage.names["model"].up.lora_b.weight.grad is not None
-
-
-# -- checkpoints -------------------------------------------------------------------------------
 
 
 def restores(stage: Stage) -> None:
@@ -377,6 +327,7 @@ def formats_end(stage: Stage) -> None:
 
 
 SCENES: dict[str, Scene] = {
+    **scene_loops.SCENES,
     "README.md": Scene(readme, end=readme_end),
     "docs/tutorial.md": Scene(
         before={
@@ -384,20 +335,10 @@ SCENES: dict[str, Scene] = {
             "--listen 127.0.0.1:9101": tutorial_engine
         }
     ),
-    "docs/howto/areal.md": Scene(areal, end=areal_end),
     "docs/howto/s3.md": Scene(how_to_s3, end=how_to_s3_end),
     "docs/howto/sglang.md": Scene(
         kinds("127.0.0.1:30000", "sglang"), end=serves_newest("kinds-v00000003")
     ),
-    "docs/howto/torchtitan.md": Scene(
-        torchtitan,
-        before={
-            "ckpt import outputs/checkpoint/step-1000 runs/titan --step 1000 --model '' "
-            "--skip dataloader": torchtitan_import
-        },
-        end=imported("runs/titan", 1000),
-    ),
-    "docs/howto/verl.md": Scene(verl, end=imported("runs/verl", 400)),
     "docs/howto/vllm.md": Scene(
         kinds("127.0.0.1:8000", "vllm"), end=serves_newest("kinds-v00000003")
     ),
