@@ -115,13 +115,13 @@ class S3Server:
         return replace(self, bucket=bucket, prefixes=[])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _environment(endpoint_url: str, key: str, secret: str) -> dict[str, str]:
+def environment_of(endpoint_url: str, key: str, secret: str) -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": endpoint_url,
         "AWS_ACCESS_KEY_ID": key,
@@ -142,13 +142,13 @@ def running_server() -> Iterator[S3Server]:
     named = named_server()
     if named:
         key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
-        yield S3Server(named, "", _environment(named, key, secret))
+        yield S3Server(named, "", environment_of(named, key, secret))
         return
-    port = _free_port()
+    port = free_port()
     server = S3Server(
         f"http://127.0.0.1:{port}",
         "",
-        _environment(f"http://127.0.0.1:{port}", "access-key-of-tests", "secret-key-of-tests"),
+        environment_of(f"http://127.0.0.1:{port}", "access-key-of-tests", "secret-key-of-tests"),
     )
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
