@@ -1,7 +1,7 @@
 """``archon-lora``: train, make a tiny model, run the demonstration.
 
 Exit status: 0 fine, 1 the run failed or a check did not hold, 2 a wrong setting or argument,
-143 a SIGTERM ended the training after its last step was committed.
+3 the store failed, 143 a SIGTERM ended the training after its last step was committed.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import tomllib
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +30,10 @@ from archon_lora.errors import (
     TrainConfigError,
 )
 from ckpt.about import package_version
-from ckpt.errors import CkptError, ConfigError, UnrestoredRoot
+from ckpt.cli_console import STORAGE, USAGE, AsJson, AsLines, store_remedy, write_json, write_line
+from ckpt.cli_group import Group, wants_json
+from ckpt.errors import CkptError, ConfigError, StorageError, UnrestoredRoot
 
-USAGE = 2
 FAILED = 1
 PREEMPTED = 128 + signal.SIGTERM
 """What a shell reports for a process that SIGTERM ended; here the work is saved as well."""
@@ -47,8 +50,24 @@ _SETTINGS_ERRORS = (
 )
 """What the user's own settings cause: reported in one line, with status 2."""
 
+_EXIT_STATUS = (
+    "Exit status: 0 fine; 1 the run failed or a check did not hold; 2 a wrong setting or argument; "
+    "3 the store failed; 143 a SIGTERM ended the training after its last step was committed."
+)
+
+
+class _Program(Group):
+    """The commands; under a launcher every line says which rank speaks."""
+
+    def complain(self, message: str) -> None:
+        """One line on standard error."""
+        _complain(message)
+
+
 app = typer.Typer(
     name="archon-lora",
+    cls=_Program,
+    epilog=_EXIT_STATUS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -100,6 +119,7 @@ def train(
         bool,
         typer.Option("--print-config", help="Print every setting as the run would have it."),
     ] = False,
+    as_json: AsLines = False,
 ) -> None:
     """Train an adapter, going on from the newest checkpoint if there is one.
 
@@ -119,12 +139,16 @@ def train(
         settings.append(f"engine.urls={json.dumps(engines)}")
     loaded = load_config(config, settings)
     if print_config:
-        sys.stdout.write(config_text(loaded))
+        text = config_text(loaded)
+        if as_json:
+            write_line(tomllib.loads(text))
+        else:
+            sys.stdout.write(text)
         return
     _require("rl", "tokenizers")
     from archon_lora.rl.loop import run_training
 
-    stopped = run_training(loaded)
+    stopped = run_training(loaded, on_record=write_line if as_json else None)
     if stopped is not None:
         note = f"step {stopped} is committed; the same command goes on from it"
         sys.stderr.write(f"archon-lora{_rank_note()}: stopped by a signal: {note}\n")
@@ -141,12 +165,21 @@ def make_tiny(
         float,
         typer.Option(help="Standard deviation of the weights; 0.1 lets an adapter move them."),
     ] = 0.1,
+    as_json: AsJson = False,
 ) -> None:
     """Write a tiny random Qwen2 model in HuggingFace's format, with a tokenizer."""
     _require("rl", "tokenizers")
     from archon_lora.models.tiny import write_tiny_qwen2
 
+    if not 0 < std < math.inf:
+        msg = f"it must be a finite number above 0, got {std}"
+        raise typer.BadParameter(msg, param_hint="--std")
     write_tiny_qwen2(directory, seed=seed, hidden=hidden, layers=layers, std=std)
+    if as_json:
+        files = sorted(path.name for path in directory.iterdir())
+        made = {"seed": seed, "hidden": hidden, "layers": layers, "std": std, "files": files}
+        write_json({"directory": str(directory), **made})
+        return
     typer.echo(f"wrote a tiny Qwen2 model to {directory}")
 
 
@@ -155,6 +188,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for models, logs and results.")] = Path(
         "demo-out"
     ),
+    as_json: AsJson = False,
 ) -> None:
     """Train, kill, resume, reshard, export and check every step of it, on an embedded S3."""
     _require("demo", "matplotlib", "moto", "peft", "tokenizers", "transformers")
@@ -162,13 +196,19 @@ def demo(
 
     # The default would end this process at once and leave its children behind.
     signal.signal(signal.SIGTERM, _stop)
-    console = Console()
+    console = Console(stderr=as_json)
     if not console.is_terminal:
         # rich would assume 80 columns and fold every cell.
-        console = Console(width=_PIPE_WIDTH)
+        console = Console(stderr=as_json, width=_PIPE_WIDTH)
     report = run_demo(out, DemoSettings(), console=console)
+    if as_json:
+        write_json(report.document())
     if not report.passed:
         raise typer.Exit(FAILED)
+
+
+for _command in app.registered_commands:
+    _command.epilog = _EXIT_STATUS
 
 
 def run() -> None:
@@ -177,8 +217,14 @@ def run() -> None:
         app()
     except _SETTINGS_ERRORS as err:
         _fail(err, USAGE)
+    except StorageError as err:
+        _fail(err, STORAGE, store_remedy(str(err)))
     except (ArchonLoraError, CkptError) as err:
         _fail(err, FAILED)
+    except OSError as err:
+        if err.filename is None:  # of a connection, say: where it came from matters
+            traceback.print_exc()
+        _fail(err, STORAGE, "check the path, its permissions and the space on its disk")
     except Exception as err:  # noqa: BLE001 - the last resort: everything is shown, nothing hidden
         traceback.print_exc()
         _fail(err, FAILED)
@@ -198,18 +244,27 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _fail(error: Exception, status: int) -> None:
+def _fail(error: Exception, status: int, remedy: str | None = None) -> None:
     """Say what failed and end the process at once.
 
     A plain exit would first join every thread, and one of them may be waiting for a rank that
     has died: the others must not outlive it by a deadline of minutes.
     """
     text = str(error) or type(error).__name__
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    parts = [text, *getattr(error, "__notes__", ()), *([] if remedy is None else [remedy])]
+    message = " ".join("; ".join(parts).split())
+    if wants_json(sys.argv[1:]):
+        write_line({"error": {"type": type(error).__name__, "message": message}})
     sys.stdout.flush()
-    sys.stderr.write(f"archon-lora{_rank_note()}: {text}{notes}\n")
+    _complain(message)
     sys.stderr.flush()
     os._exit(status)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"archon-lora{_rank_note()}: {message}\n")
 
 
 def _rank_note() -> str:

@@ -15,8 +15,9 @@ from typer.core import TyperGroup
 from . import cli_tables as show
 from .about import package_version
 from .catalog import Problem, StepEntry, check_step, check_writers, find_step, list_steps
-from .cli_config import ENVIRONMENT, PREFIX, config_text, find_config, read_config
+from .cli_config import ENVIRONMENT, config_text, find_config, name_variables, read_config
 from .cli_console import (
+    EXIT_STATUS,
     FOUND,
     USAGE,
     AsJson,
@@ -28,7 +29,6 @@ from .cli_console import (
     complain,
     open_root,
     output_console,
-    progress,
     refuse_both,
     reported,
     write_json,
@@ -37,8 +37,10 @@ from .cli_convert import import_command
 from .cli_diff import diff_command
 from .cli_doctor import doctor_command
 from .cli_export import export_command
+from .cli_group import JSON_ASKED, Group
 from .cli_lint import lint_command
 from .cli_mirror import mirror_command
+from .cli_progress import progress, watching
 from .cli_prune import pin_command, prune_command, unpin_command
 from .cli_serve import serve_command
 from .cli_sync import sync_command
@@ -58,6 +60,8 @@ _PIPE_WIDTH: Final = 120
 
 app = typer.Typer(
     name="ckpt",
+    cls=Group,
+    epilog=EXIT_STATUS,
     no_args_is_help=True,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -103,10 +107,9 @@ def top(
     ] = False,
 ) -> None:
     """Look at, verify, export and prune what a run saved: its steps and published adapters."""
-    with reported(as_json=False):
-        # Here and not in the group's settings: the options above have no need of variables.
-        context.auto_envvar_prefix = PREFIX
+    with reported(bool(context.meta.get(JSON_ASKED))):
         commands = cast("TyperGroup", context.command).commands
+        name_variables(commands)
         path = find_config(config)
         if path is not None:
             context.default_map = read_config(path, commands)
@@ -122,7 +125,8 @@ def ls_command(url: Url, endpoint_url: Endpoint = None, as_json: AsJson = False)
     """List steps and published versions, with the state of each."""
     with reported(as_json):
         storage = open_root(url, endpoint_url)
-        steps, versions = list_steps(storage), list_versions(storage)
+        with watching("reading", storage, as_json=as_json):
+            steps, versions = list_steps(storage), list_versions(storage)
         if as_json:
             write_json(
                 {
@@ -166,7 +170,8 @@ def inspect_command(
         if version is not None:
             _inspect_version(find_version(storage, version), as_json)
             return
-        entry = find_step(storage, step, epoch=epoch)
+        with watching("reading", storage, as_json=as_json):
+            entry = find_step(storage, step, epoch=epoch)
         manifest = entry.manifest
         if manifest is None:
             raise NoCheckpoint(f"step {entry.step} has no manifest: {entry.problem}")
@@ -218,10 +223,11 @@ def verify_command(
     with reported(as_json):
         refuse_both(step, version)
         storage = open_root(url, endpoint_url)
-        steps, versions = _chosen(storage, step, epoch, version)
+        with watching("reading", storage, as_json=as_json):
+            steps, versions = _chosen(storage, step, epoch, version)
         entries: list[StepEntry | VersionEntry] = [*steps, *versions]
         total = sum(entry.bytes or 0 for entry in entries)
-        with progress("verifying", total) as advance:
+        with progress("verifying", total, as_json=as_json) as advance:
             results = [_verdict(item, check_step(storage, item, advance)) for item in steps]
             results += [_verdict(one, check_version(storage, one, advance)) for one in versions]
         if step is None and version is None:
@@ -301,3 +307,6 @@ app.command("sync")(sync_command)
 app.command("serve")(serve_command)
 app.command("doctor")(doctor_command)
 app.command("diff")(diff_command)
+
+for _command in app.registered_commands:
+    _command.epilog = EXIT_STATUS

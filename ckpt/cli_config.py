@@ -98,6 +98,16 @@ def options(command: Any) -> Iterator[tuple[str, TyperOption]]:
             yield longest.lstrip("-").replace("-", "_"), parameter
 
 
+def name_variables(commands: Commands) -> None:
+    """Give every option its variable: ``CKPT_EXPORT_FORMAT`` of ``ckpt export --format``.
+
+    Left to itself click would take the name that the option's value has in our code.
+    """
+    for name, command in commands.items():
+        for key, option in options(command):
+            option.envvar = f"{PREFIX}_{name}_{key}".upper().replace("-", "_")
+
+
 def config_text(context: typer.Context, commands: Commands) -> str:
     """What every option of every command is now, as a file that could be read back.
 

@@ -9,30 +9,58 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from .errors import (
     AlreadyExists,
     CkptError,
     ConfigError,
     DamagedError,
+    HandoffTimeout,
     NoCheckpoint,
+    NonFiniteError,
     ObjectNotFound,
+    PublishError,
+    ReadOnly,
+    StepExists,
     StorageError,
+    StoreNotExclusive,
 )
+from .layout import WRITERS
 from .peft import local_directory
 from .storage import Storage, open_storage
 
+EXIT_STATUS: Final = (
+    "Exit status: 0 fine; 1 something was found; 2 the request cannot be met (a wrong option, no "
+    "such step, an output that exists); 3 the store failed, or the root is not there."
+)
 FOUND: Final = 1
 USAGE: Final = 2
 STORAGE: Final = 3
 _WIDTH: Final = 400
+
+_S3: Final = {"retry": {"attempts": 2, "seconds": 10.0}}
+_SERVICE: Final = {"timeout_s": 5.0}
+_HURRY: Final[Mapping[str, Mapping[str, Any]]] = {
+    "s3": _S3,
+    "s3a": _S3,
+    "http": _SERVICE,
+    "https": _SERVICE,
+}
+"""By scheme, the options with which a store over a network gives up soon."""
+
+_PATH: Final = "check the path, its permissions and the space on its disk"
+_REMEDIES: Final = (
+    (("s3://", "s3a://"), "check the URL, the AWS_* variables and --endpoint-url"),
+    (("http://", "https://"), "check that a service runs at the address, and CKPT_TOKEN"),
+    (("://",), "check the URL and the credentials of its store"),
+)
 
 
 class Dtype(StrEnum):
@@ -56,6 +84,7 @@ Endpoint = Annotated[
     typer.Option("--endpoint-url", help="S3 endpoint; by default what AWS_ENDPOINT_URL says."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+AsLines = Annotated[bool, typer.Option("--json", help="Print events, one JSON object a line.")]
 
 
 def refuse_both(step: int | None, version: str | None) -> None:
@@ -72,39 +101,127 @@ def store_options(url: str, endpoint_url: str | None) -> dict[str, Any] | None:
 
 
 def open_root(url: str, endpoint_url: str | None) -> Storage:
-    """The store of a root that must be there."""
+    """The store of a root that must be there, and must answer.
+
+    Raises:
+        ConfigError: an unusable URL.
+        StorageError: there is no such directory, or nobody answers at the address.
+    """
+    refuse_missing(url)
+    options = store_options(url, endpoint_url)
+    ask(url, options)
+    return open_storage(url, options)
+
+
+def refuse_missing(url: str) -> None:
+    """Refuse a local directory that is not there, or that may not be looked at.
+
+    Raises:
+        StorageError: says which of the two.
+    """
     local = local_directory(url)
-    if local is not None and not local.is_dir():
-        raise ObjectNotFound(f"no such directory: {local}")
-    return open_storage(url, store_options(url, endpoint_url))
+    if local is None:
+        return
+    try:
+        found = local.is_dir()
+    except OSError as error:
+        raise StorageError(f"{local}: {error.strerror}") from error
+    if not found:
+        what = f"{local} is no directory" if local.exists() else f"no such directory: {local}"
+        raise ObjectNotFound(what)
+
+
+def ask(url: str, options: Mapping[str, Any] | None) -> None:
+    """Ask a store over a network one small thing, and do not wait long for its answer.
+
+    What is under way for an hour should outlast a store that is away for a minute, and does. But
+    a command that was only just begun, with a wrong address perhaps, ends within seconds.
+
+    Raises:
+        StorageError: no answer, or a refusal.
+    """
+    hurry = _HURRY.get(urlsplit(url).scheme)
+    if hurry is None:
+        return
+    storage = open_storage(url, {**(options or {}), **hurry})
+    try:
+        storage.list(WRITERS)
+    finally:
+        storage.close()
+
+
+def in_a_hurry(url: str, endpoint_url: str | None) -> Storage:
+    """The store of a root, with few repetitions: for looking at the store itself."""
+    refuse_missing(url)
+    options = {**(store_options(url, endpoint_url) or {}), **_HURRY.get(urlsplit(url).scheme, {})}
+    return open_storage(url, options or None)
 
 
 @contextlib.contextmanager
-def reported(as_json: bool, *, verifiable: bool = True) -> Iterator[None]:
+def reported(as_json: bool, *, verifiable: bool = True, lines: bool = False) -> Iterator[None]:
     """Turn errors of the package into one line, a remedy and an exit status.
 
     Args:
         as_json: print the error as a document as well.
         verifiable: what may be damaged is ours, so that ``ckpt verify`` can say more.
+        lines: the document is one line, as the events of a long-running command are.
     """
     try:
         yield
     except CkptError as error:
         status, hint = _status(error, verifiable)
-        message = " ".join(str(error).split())
-        if as_json:
-            write_json({"error": {"type": type(error).__name__, "message": message}})
-        complain(f"{message}{hint}")
+        _report(error, f"{_one_line(str(error))}{hint}", as_json=as_json, lines=lines)
         raise typer.Exit(status) from None
+    except BrokenPipeError:
+        raise  # whoever reads the output has seen enough
+    except OSError as error:
+        what = _one_line(error.strerror or str(error))
+        message = what if error.filename is None else _one_line(f"{error.filename}: {what}")
+        _report(error, f"{message}; {_PATH}", as_json=as_json, lines=lines)
+        raise typer.Exit(STORAGE) from None
+
+
+def _report(error: Exception, message: str, *, as_json: bool, lines: bool) -> None:
+    if as_json:
+        document = {"error": {"type": type(error).__name__, "message": message}}
+        if lines:
+            write_line(document)
+        else:
+            write_json(document)
+    complain(message)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _status(error: CkptError, verifiable: bool) -> tuple[int, str]:
-    if isinstance(error, AlreadyExists | ConfigError | NoCheckpoint):
+    """The exit status of an error, and what to do about it where its message cannot know."""
+    if isinstance(error, AlreadyExists | ConfigError | NoCheckpoint | ReadOnly | StepExists):
         return USAGE, ""
+    if isinstance(error, PublishError) and isinstance(error.__cause__, CkptError):
+        return _status(error.__cause__, verifiable)
+    if isinstance(error, StoreNotExclusive):
+        return STORAGE, ""
     if isinstance(error, StorageError):
-        return STORAGE, "; check the URL, the AWS_* variables and --endpoint-url"
-    more = verifiable and isinstance(error, DamagedError)
-    return FOUND, "; `ckpt verify` tells what else is damaged" * more
+        missing = isinstance(error, ObjectNotFound)
+        return STORAGE, f"; {store_remedy(str(error), missing=missing)}"
+    if isinstance(error, DamagedError):
+        more = "`ckpt verify` tells what else is damaged"
+        return FOUND, f"; {more if verifiable else 'copy or make it anew'}"
+    if isinstance(error, HandoffTimeout):
+        return FOUND, "; `ckpt versions` shows what there is, and --wait waits longer"
+    if isinstance(error, NonFiniteError):
+        return FOUND, "; take an older step"
+    return FOUND, ""
+
+
+def store_remedy(message: str, *, missing: bool = False) -> str:
+    """What to look at when a store failed, by the address that the message names."""
+    for schemes, remedy in _REMEDIES:
+        if any(scheme in message for scheme in schemes):
+            return remedy
+    return "check the path" if missing else _PATH
 
 
 def complain(message: str) -> None:
@@ -117,21 +234,15 @@ def write_json(document: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_line(document: Mapping[str, Any]) -> None:
+    """One JSON object as a line on standard output, at once."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=True, default=str) + "\n")
+    sys.stdout.flush()
+
+
 def output_console() -> Console:
     """Where tables go."""
     console = Console(highlight=False)
     # Rich cuts what a line has no room for, but a name must be whole to be copied, so a long line
     # is left to the terminal to wrap. The longest name of a version has 100 characters.
     return Console(highlight=False, width=max(console.width, _WIDTH))
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal's standard error; elsewhere nothing."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -13,16 +13,18 @@ from .cli_console import (
     AsJson,
     Dtype,
     Endpoint,
+    ask,
     open_root,
     output_console,
     reported,
     store_options,
     write_json,
 )
+from .cli_progress import watching
 from .dcp.exporting import export_checkpoint
-from .dcp.importing import Imported, import_checkpoint
+from .dcp.importing import Imported, import_stock
 from .dcp.mapping import Choices
-from .dcp.stock import METADATA
+from .dcp.stock import METADATA, StockCheckpoint
 from .errors import ConfigError, NoCheckpoint
 from .layout import step_dir, version_dir
 from .manifest import VersionManifest
@@ -103,6 +105,7 @@ def import_command(
         "base_config": base_config,
     }
     with reported(as_json, verifiable=False):
+        ask(root, store_options(root, endpoint_url))
         local = local_directory(source)
         if local is not None and local.is_file():
             tune = find_torchtune(local)
@@ -115,32 +118,38 @@ def import_command(
         if local is not None and (trainer := find_prime_rl(local)) is not None:
             _only(given, source, "prime-rl", {"step", "optimizer", "skip"})
             named: dict[str, Any] = {"optimizer": optimizer, "storage_options": options}
-            made = import_prime_rl(trainer, root, step=step, skip=tuple(skip or ()), **named)
+            with watching("importing", as_json=as_json):
+                made = import_prime_rl(trainer, root, step=step, skip=tuple(skip or ()), **named)
             _show_step(source, root, made, as_json)
         elif found.exists(METADATA):
             _only(given, source, "DCP", set(_STEP_OPTIONS))
             prefix = _DEFAULT_MODEL if model is None else model
-            made = import_checkpoint(
-                source,
-                root,
-                step=step or 0,
-                choices=Choices(prefix, optim, optimizer, tuple(skip or ())),
-                source_options=store_options(source, endpoint_url),
-                storage_options=options,
-            )
+            size = sum(entry.size for entry in found.list(""))
+            with watching("importing", found, total=size, as_json=as_json):
+                made = import_stock(
+                    StockCheckpoint(found),
+                    root,
+                    step or 0,
+                    Choices(prefix, optim, optimizer, tuple(skip or ())),
+                    storage_options=options,
+                )
             _show_step(source, root, made, as_json)
         elif local is not None and (verl := find_verl(local)) is not None:
             _only(given, source, "verl", {"step", "optimizer"})
-            made = import_verl(verl, root, step=step, optimizer=optimizer, storage_options=options)
+            with watching("importing", as_json=as_json):
+                made = import_verl(
+                    verl, root, step=step, optimizer=optimizer, storage_options=options
+                )
             _show_step(source, root, made, as_json)
         elif found.exists(CONFIG_NAME) and (
             local is None or _has_weights(local) or find_torchtune(local) is None
         ):
             _only(given, source, "PEFT", {"run", "dtype"})
             cast = None if dtype is None else dtype.value
-            adapter = import_adapter(
-                source, root, run=run or _DEFAULT_RUN, dtype=cast, storage_options=options
-            )
+            with watching("importing", as_json=as_json):
+                adapter = import_adapter(
+                    source, root, run=run or _DEFAULT_RUN, dtype=cast, storage_options=options
+                )
             _show_version(source, root, run or _DEFAULT_RUN, adapter, as_json)
         elif local is not None and (tune := find_torchtune(local)) is not None:
             _import_tune(tune, root, given, endpoint_url, as_json)
@@ -168,16 +177,19 @@ def _import_tune(
     _only(given, str(file), "torchtune", set(_ADAPTER_OPTIONS))
     run = given["run"] or _DEFAULT_RUN
     dtype = given["dtype"]
-    config, tensors = read_torchtune(file, alpha=given["alpha"], base_config=given["base_config"])
-    manifest = publish_tensors(
-        config,
-        tensors,
-        root,
-        where=str(file),
-        run=run,
-        dtype=None if dtype is None else dtype.value,
-        storage_options=store_options(root, endpoint_url),
-    )
+    with watching("importing", as_json=as_json):
+        config, tensors = read_torchtune(
+            file, alpha=given["alpha"], base_config=given["base_config"]
+        )
+        manifest = publish_tensors(
+            config,
+            tensors,
+            root,
+            where=str(file),
+            run=run,
+            dtype=None if dtype is None else dtype.value,
+            storage_options=store_options(root, endpoint_url),
+        )
     _show_version(str(file), root, run, manifest, as_json)
 
 
@@ -259,9 +271,10 @@ def export_to_dcp(
 ) -> None:
     """``ckpt export --format dcp``: write a step as stock DCP has it."""
     open_root(url, endpoint_url)
-    result = export_checkpoint(
-        url, out, step=step, epoch=epoch, storage_options=store_options(url, endpoint_url)
-    )
+    with watching("exporting", as_json=as_json):
+        result = export_checkpoint(
+            url, out, step=step, epoch=epoch, storage_options=store_options(url, endpoint_url)
+        )
     source = f"step {result.entry.step} (writer {result.entry.epoch})"
     if as_json:
         write_json(

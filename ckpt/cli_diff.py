@@ -25,12 +25,13 @@ from .cli_console import (
     store_options,
     write_json,
 )
+from .cli_progress import watching
 from .cli_tables import base_json
 from .diff import AdapterSide, Side, StepSide, TensorDifference, compare, fields
 from .errors import ConfigError, NoCheckpoint
 from .manifest import StepManifest
-from .peft import local_directory
-from .storage import open_storage
+from .peft import WEIGHTS_NAME, local_directory
+from .storage import Storage, open_storage
 from .versions import find_version
 
 _STEP: Final = re.compile(r"(?P<step>\d{1,12})(?:\.w(?P<epoch>\d{1,4}))?")
@@ -42,6 +43,8 @@ class _Chosen:
     """One side of the comparison, and what is compared beside its tensors."""
 
     said: str
+    storage: Storage
+    size: int
     side: Side
     facts: Mapping[str, Any]
 
@@ -71,7 +74,9 @@ def diff_command(
         one = _choose(url, first, endpoint_url)
         two = _second(url, first, second, other, endpoint_url)
         facts = fields(one.facts, two.facts)
-        found = sorted(compare(one.side, two.side), key=_size, reverse=True)
+        stores, total = (one.storage, two.storage), one.size + two.size
+        with watching("comparing", *stores, total=total, as_json=as_json):
+            found = sorted(compare(one.side, two.side), key=_size, reverse=True)
         if as_json:
             rows = [
                 {**asdict(row), "largest": _finite(row.largest), "relative": _finite(row.relative)}
@@ -99,9 +104,8 @@ def _second(
     if other is None or second is not None:
         return _choose(url if other is None else other, second or first, endpoint_url)
     local = local_directory(other)
-    storage = open_storage(other, store_options(other, endpoint_url))
-    bare = local is None or local.is_dir()
-    if bare and storage.exists("adapter_config.json"):
+    may_be_bare = local is None or local.is_dir()
+    if may_be_bare and open_root(other, endpoint_url).exists("adapter_config.json"):
         return _adapter(other, endpoint_url)
     return _choose(other, first, endpoint_url)
 
@@ -119,13 +123,14 @@ def _choose(url: str, what: str, endpoint_url: str | None) -> _Chosen:
     if step.manifest is None:
         raise NoCheckpoint(f"step {what} has no manifest: {step.problem}")
     side = StepSide(storage, step.path, step.manifest)
-    return _Chosen(f"{storage.url}/{step.path}", side, _step_facts(step.manifest))
+    size = step.bytes or 0
+    return _Chosen(f"{storage.url}/{step.path}", storage, size, side, _step_facts(step.manifest))
 
 
 def _adapter(url: str, endpoint_url: str | None) -> _Chosen:
     storage = open_storage(url, store_options(url, endpoint_url))
     side = AdapterSide(open_adapter(storage))
-    return _Chosen(storage.url, side, side.config)
+    return _Chosen(storage.url, storage, storage.size(WEIGHTS_NAME), side, side.config)
 
 
 def _step_facts(manifest: StepManifest) -> dict[str, Any]:

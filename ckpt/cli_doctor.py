@@ -10,14 +10,18 @@ from rich.text import Text
 
 from .cli_console import (
     FOUND,
+    STORAGE,
     AsJson,
     Endpoint,
     Url,
-    open_root,
+    complain,
+    in_a_hurry,
     output_console,
     reported,
+    store_remedy,
     write_json,
 )
+from .cli_progress import watching
 from .doctor import Check, State, examine
 
 _STYLES = {State.ok: "green", State.warning: "yellow", State.failed: "red"}
@@ -33,10 +37,15 @@ def doctor_command(
 ) -> None:
     """Try a root out: permissions, exclusive create, checksums, clock, latency, throughput."""
     with reported(as_json, verifiable=False):
-        storage = open_root(url, endpoint_url)
+        storage = in_a_hurry(url, endpoint_url)
         console = output_console()
         checks: list[Check] = []
-        for check in examine(storage, size=size << 20):
+        examination = examine(storage, size=size << 20)
+        while True:
+            with watching("trying", storage, as_json=as_json):
+                check = next(examination, None)
+            if check is None:
+                break
             checks.append(check)
             if not as_json:
                 line = Text(f"{check.state.value:8}", style=_STYLES[check.state])
@@ -51,5 +60,8 @@ def doctor_command(
         else:
             verdict = "everything that is promised holds here" if ok else "not fit for checkpoints"
             console.print(Text(f"{storage.url}: {verdict}", style="bold"))
+        if len(checks) == 1 and not ok:  # it could not even be listed
+            complain(f"{checks[0].found}; {store_remedy(checks[0].found)}")
+            raise typer.Exit(STORAGE)
         if not ok:
             raise typer.Exit(FOUND)

@@ -17,6 +17,7 @@ from .cli_console import (
     Step,
     Url,
     Version,
+    ask,
     open_root,
     output_console,
     refuse_both,
@@ -25,12 +26,13 @@ from .cli_console import (
     write_json,
 )
 from .cli_convert import export_to_dcp
+from .cli_progress import progress, watching
 from .consolidate import consolidate
 from .errors import ConfigError
 from .export_layouts import Layout, Place, default_name, place, write_placed
 from .peft import WrittenAdapter
 from .types import ExpertForm
-from .versions import export_version
+from .versions import export_version, find_version
 
 
 class Experts(StrEnum):
@@ -134,6 +136,7 @@ def _export_peft(
 ) -> None:
     storage = open_root(url, endpoint_url)
     options = store_options(out, endpoint_url)
+    ask(out, options)
     if version is None and name is None and layout is not Layout.peft:
         entry = find_step(storage, step, epoch=epoch)
         step, epoch = entry.step, entry.epoch  # a newer one may be committed meanwhile
@@ -144,22 +147,27 @@ def _export_peft(
     def write(target: str) -> WrittenAdapter:
         nonlocal source, used
         if version is not None:
-            manifest, written = export_version(
-                storage, version, target, overwrite=overwrite, out_storage_options=options
-            )
+            # Once to verify it, and once more to copy it.
+            total = 2 * (find_version(storage, version).bytes or 0)
+            with watching("exporting", storage, total=total, as_json=as_json):
+                manifest, written = export_version(
+                    storage, version, target, overwrite=overwrite, out_storage_options=options
+                )
             source, used = version, manifest.dtype
             return written
-        result = consolidate(
-            url,
-            step,
-            target,
-            epoch=epoch,
-            dtype=dtype,
-            experts=experts,
-            overwrite=overwrite,
-            storage_options=store_options(url, endpoint_url),
-            out_storage_options=options,
-        )
+        with progress("exporting", as_json=as_json) as advance:
+            result = consolidate(
+                url,
+                step,
+                target,
+                epoch=epoch,
+                dtype=dtype,
+                experts=experts,
+                overwrite=overwrite,
+                storage_options=store_options(url, endpoint_url),
+                out_storage_options=options,
+                on_bytes=advance,
+            )
         source = f"step {result.step} (writer {result.epoch})"
         return result.written
 

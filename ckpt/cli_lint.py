@@ -14,14 +14,16 @@ from .cli_console import (
     FOUND,
     AsJson,
     Endpoint,
+    ask,
     output_console,
+    refuse_missing,
     reported,
     store_options,
     write_json,
 )
-from .errors import ConfigError, ObjectNotFound
+from .cli_progress import watching
+from .errors import ConfigError
 from .lint import ENGINES, BaseModel, Engine, Finding, LintLimits, Severity, lint_adapter
-from .peft import local_directory
 from .storage import open_storage
 
 _CONFIG = "config.json"
@@ -68,14 +70,18 @@ def lint_command(
         engines: list[Engine] = [one.value for one in consumers or []] or list(ENGINES)
         limits = LintLimits(vllm_rank, sglang_rank)
         model = None if base is None else _read_base(base, endpoint_url)
-        found = lint_adapter(
-            url,
-            engines=engines,
-            limits=limits,
-            base=model,
-            read_values=values,
-            storage_options=store_options(url, endpoint_url),
-        )
+        options = store_options(url, endpoint_url)
+        refuse_missing(url)
+        ask(url, options)
+        with watching("linting", as_json=as_json):
+            found = lint_adapter(
+                url,
+                engines=engines,
+                limits=limits,
+                base=model,
+                read_values=values,
+                storage_options=options,
+            )
         errors = [one for one in found if one.severity is Severity.error]
         ok = not (found if strict else errors)
         if as_json:
@@ -98,9 +104,7 @@ def lint_command(
 def _read_base(base: str, endpoint_url: str | None) -> BaseModel:
     """What the ``config.json`` in a directory (or the file itself) tells."""
     base = base.rstrip("/").removesuffix(f"/{_CONFIG}")
-    local = local_directory(base)
-    if local is not None and not local.is_dir():
-        raise ObjectNotFound(f"no such directory: {local}")
+    refuse_missing(base)
     storage = open_storage(base, store_options(base, endpoint_url))
     try:
         config: Any = json.loads(storage.read(_CONFIG))

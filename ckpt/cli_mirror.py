@@ -13,12 +13,14 @@ from .cli_console import (
     AsJson,
     Endpoint,
     Url,
+    ask,
     complain,
     output_console,
     reported,
     store_options,
     write_json,
 )
+from .cli_progress import watching
 from .errors import ConfigError
 from .layout import TIER
 from .storage import open_storage
@@ -36,10 +38,16 @@ def mirror_command(
     """Put everything at the root that a local tier holds and the root does not have."""
     with reported(as_json):
         if not Path(local_root(tier), TIER).is_file():
-            raise ConfigError(f"{tier} is no local tier: it has no {TIER}")
-        remote = open_storage(url, store_options(url, endpoint_url))
+            raise ConfigError(
+                f"{tier} is no local tier: it has no {TIER}; name the directory that the trainer "
+                "was given as local_tier"
+            )
+        options = store_options(url, endpoint_url)
+        ask(url, options)
+        remote = open_storage(url, options)
         try:
-            done, left, problems = drain(tier, remote)
+            with watching("mirroring", remote, as_json=as_json):
+                done, left, problems = drain(tier, remote)
         finally:
             remote.close()
         if as_json:

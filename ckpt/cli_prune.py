@@ -23,6 +23,7 @@ from .cli_console import (
     reported,
     write_json,
 )
+from .cli_progress import watching
 from .cli_served import is_served, served_prune
 from .cli_tables import size_text, state_text
 from .cli_uploads import DEFAULT_AGE, age, upload_rows
@@ -87,37 +88,47 @@ def prune_command(
             )
         if keep_latest is None and (every, best, metric) != (None, None, None):
             raise ConfigError("--every, --best and --metric add to --keep-latest: name that, too")
-        storage = open_root(url, endpoint_url)
-        rows: list[dict[str, Any]] = []
-        served = is_served(storage)
-        if is_served(storage):
-            rules = {
-                "keep_latest": keep_latest,
-                "every": every,
-                "best": best,
-                "metric": metric,
-                "mode": mode.value,
-                "keep_versions": keep_versions,
-                "run_name": run,
-            }
-            if uploads:
-                raise ConfigError("--uploads works where the root is, not over a service")
-            rows = served_prune(storage, rules, dry_run=dry_run)
-            keep_latest = keep_versions = None
+        if (best is None) != (metric is None):
+            raise ConfigError("--best and --metric belong together: name both or neither")
+        rule = None
         if keep_latest is not None:
             rule = Retention(keep_latest, every, None, best, metric, mode.value)
-            rows += _steps(storage, rule, dry_run)
-        if keep_versions is not None:
-            rows += _versions(storage, keep_versions, run, dry_run)
-        if not dry_run and not served:  # a service records it itself
-            gone = [row["path"].rpartition("/")[2] for row in rows if not row["keep"]]
-            record_removal(storage, "ckpt prune", [name for name in gone if names_whole(name)])
-        if uploads:
-            rows += upload_rows(storage, age(older_than), dry_run=dry_run)
+        span = age(older_than) if uploads else None
+        storage = open_root(url, endpoint_url)
+        with watching("looking" if dry_run else "pruning", storage, as_json=as_json):
+            if is_served(storage):
+                if uploads:
+                    raise ConfigError("--uploads works where the root is, not over a service")
+                rules = {
+                    "keep_latest": keep_latest,
+                    "every": every,
+                    "best": best,
+                    "metric": metric,
+                    "mode": mode.value,
+                    "keep_versions": keep_versions,
+                    "run_name": run,
+                }
+                rows = served_prune(storage, rules, dry_run=dry_run)
+            else:
+                rows = _prune(storage, rule, keep_versions, run, dry_run)
+            if span is not None:
+                rows += upload_rows(storage, span, dry_run=dry_run)
         if as_json:
             write_json({"url": storage.url, "dry_run": dry_run, "entries": rows})
             return
         _print(rows, storage.url, dry_run)
+
+
+def _prune(
+    storage: Storage, rule: Retention | None, versions: int | None, run: str | None, dry_run: bool
+) -> list[dict[str, Any]]:
+    rows = [] if rule is None else _steps(storage, rule, dry_run)
+    if versions is not None:
+        rows += _versions(storage, versions, run, dry_run)
+    if not dry_run:  # a service records it itself
+        gone = [row["path"].rpartition("/")[2] for row in rows if not row["keep"]]
+        record_removal(storage, "ckpt prune", [name for name in gone if names_whole(name)])
+    return rows
 
 
 def _steps(storage: Storage, rule: Retention, dry_run: bool) -> list[dict[str, Any]]:
@@ -210,7 +221,9 @@ def unpin_command(
         )
         if not names:
             what = f"step {step}" if version is None else f"version {version!r}"
-            raise NoCheckpoint(f"{what} of {storage.url} is not pinned")
+            raise NoCheckpoint(
+                f"{what} of {storage.url} is not pinned; `ckpt prune --dry-run` says what is"
+            )
         for name in names:
             unpin(storage, name)
         _say({"unpinned": names}, f"unpinned {', '.join(names)}", as_json)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_console import Endpoint, reported, store_options
+from .cli_console import AsLines, Endpoint, reported, store_options
+from .cli_events import Events
 from .errors import ConfigError
+
+if TYPE_CHECKING:  # an extra, which no other command needs
+    from .service.server import Service
 
 _EXTRA = frozenset(
     {"fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic", "h11", "jinja2"}
@@ -50,9 +56,11 @@ def serve_command(
         typer.Option("--host-name", help="Name in the Host header to answer without tokens."),
     ] = None,
     endpoint_url: Endpoint = None,
+    as_json: AsLines = False,
 ) -> None:
     """Answer over HTTP what roots hold: runs, steps, versions, events, downloads, jobs."""
-    with reported(as_json=False):
+    events = Events(wanted=as_json)
+    with reported(as_json, lines=True):
         try:
             from .service import Limits, RootSpec, ServiceConfig
             from .service.auth import TokenSet
@@ -81,13 +89,42 @@ def serve_command(
         )
         service = Service(config)
         log_to_stderr()
+        # Uvicorn ends itself in good order, and then sends the signal once more to whoever had it
+        # before: that was to be the end, and is not a reason to die of it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: service.stop())
+        ended = threading.Event()
+        told = events.follow(lambda: _serving(service, specs), ended, once=True)
         served = service.run()
+        ended.set()
+        if told is not None:
+            told.join()
         if not served:
-            raise ConfigError(f"cannot listen on {listen}; the log above says why")
+            raise ConfigError(
+                f"cannot listen on {listen}; the log above says why: choose another --listen"
+            )
+        events.say("stopped")
     logging.shutdown()
     sys.stderr.flush()
+    sys.stdout.flush()
     # A request to a store that does not answer cannot be called back, and would hold the process.
     os._exit(0)
+
+
+def _serving(service: Service, specs: list[Any]) -> tuple[str, dict[str, Any]] | None:
+    """The event that says where a service answers, once it does."""
+    if not service.started:
+        return None
+    addresses = [
+        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        for host, port in service.addresses
+    ]
+    # Its sockets are closed at the end, which is no news.
+    return ("serving", {"addresses": addresses, "runs": _names(specs)}) if addresses else None
+
+
+def _names(specs: list[Any]) -> list[str]:
+    return [str(spec.name) for spec in specs]
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -14,7 +14,8 @@ from typing import Annotated, Final
 
 import typer
 
-from .cli_console import Endpoint, Url, complain, reported, store_options
+from .cli_console import AsLines, Endpoint, Url, complain, reported, store_options
+from .cli_events import Events
 from .errors import ConfigError
 from .handoff.cache import VersionCache
 from .handoff.engine import Engine
@@ -83,10 +84,11 @@ def sync_command(
         typer.Option("--token-file", help="Holds the token that callers must show."),
     ] = None,
     endpoint_url: Endpoint = None,
+    as_json: AsLines = False,
 ) -> None:
     """Keep inference engines at the newest published version, proven, until a SIGTERM."""
     _log_to_stderr()
-    with reported(as_json=False):
+    with reported(as_json, lines=True):
         config = SyncConfig(
             run=run,
             holder=default_holder(socket.gethostname(), run, cache) if holder is None else holder,
@@ -109,7 +111,7 @@ def sync_command(
         sidecar = Sidecar(registry, engines, held, config)
         server = SyncServer(where, sidecar.status)
         poster = ReplicaPoster(registry.storage, sidecar.status, run=run, holder=config.holder)
-        _work(sidecar, server, poster, engines, registry, held)
+        _work(sidecar, server, poster, engines, registry, held, Events(wanted=as_json))
 
 
 def _open_engines(
@@ -137,6 +139,7 @@ def _work(
     engines: Sequence[Engine],
     registry: Registry,
     cache: VersionCache,
+    events: Events,
 ) -> None:
     stop = threading.Event()
 
@@ -149,7 +152,10 @@ def _work(
         signal.signal(number, ask_to_stop)
     server.start()
     host, port = server.address
-    log.info("answering on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("answering on %s", address)
+    events.say("serving", addresses=[address])
+    told = events.follow(lambda: ("status", sidecar.status.readiness()[1]), stop)
     poster.start()
     ended = sidecar.run(stop)
     poster.stop()
@@ -157,6 +163,9 @@ def _work(
     for engine in engines:
         engine.close()
     cache.close()
+    if told is not None:
+        told.join()
+    events.say("stopped")
     if ended:
         registry.close()
         log.info("stopped; the engines go on serving what they have")

@@ -21,6 +21,7 @@ from .cli_console import (
     reported,
     write_json,
 )
+from .cli_progress import watching
 from .cli_served import is_served
 from .errors import ConfigError
 from .handoff import Registry
@@ -61,11 +62,13 @@ def versions_command(
         storage = open_root(url, endpoint_url)
         floor = _floor(newer_than)
         if wait is not None:
-            Registry(storage, run=run).wait_for(floor, timeout=wait)
-        found = _above(storage, run, floor)
-        entries = [find_version(storage, name) for name in found[-newest:]]
-        holds = Holds(storage)
-        kept = [holds.of(entry.name) for entry in entries]
+            with watching("waiting", storage, as_json=as_json):
+                Registry(storage, run=run).wait_for(floor, timeout=wait)
+        with watching("reading", storage, as_json=as_json):
+            found = _above(storage, run, floor)
+            entries = [find_version(storage, name) for name in found[-newest:]]
+            holds = Holds(storage)
+            kept = [holds.of(entry.name) for entry in entries]
         older = len(found) - len(entries)
         if as_json:
             rows = [
@@ -133,9 +136,10 @@ def publish_command(
         storage = open_root(url, endpoint_url)
         if is_served(storage):
             raise ConfigError(f"{url} is only read; publish where the root itself can be reached")
-        manifest = publish_step(
-            storage, step, run=run or _only_run(storage), epoch=epoch, dtype=dtype.value
-        )
+        with watching("publishing", storage, as_json=as_json):
+            manifest = publish_step(
+                storage, step, run=run or _only_run(storage), epoch=epoch, dtype=dtype.value
+            )
         size = sum(file.size for file in manifest.files)
         path = f"{ADAPTERS}/{manifest.name}"
         if as_json:

@@ -11,7 +11,7 @@ to be put together), before and after conversion, and what the source caches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -224,6 +224,7 @@ def consolidate(
     cache_bytes: int = CACHE_BYTES,
     storage_options: Mapping[str, Any] | None = None,
     out_storage_options: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int, int], object] | None = None,
 ) -> Consolidated:
     """Write the PEFT adapter directory of a committed step, without a model.
 
@@ -239,6 +240,8 @@ def consolidate(
         storage_options: for the root's store.
         out_storage_options: for the store of ``out``; for a remote one those of the root by
             default.
+        on_bytes: is told of every piece of the weights that was made: its bytes, and how many
+            there are in all.
 
     Raises:
         NoCheckpoint: no such step, or it carries no adapter export.
@@ -262,17 +265,29 @@ def consolidate(
     if experts is not None:
         export = replace(export, experts=experts)
     plan = plan_adapter(export, source.records, dtype)
+    pieces = stream_adapter(plan, source)
+    if on_bytes is not None:
+        pieces = _counted(pieces, plan.size, on_bytes)
     options = out_storage_options
     if options is None and local_directory(out) is None:
         options = storage_options
     written = write_adapter_dir(
         out,
-        WeightsFile(plan.size, stream_adapter(plan, source)),
+        WeightsFile(plan.size, pieces),
         plan.peft_config,
         overwrite=overwrite,
         storage_options=options,
     )
     return Consolidated(entry.step, entry.epoch, written)
+
+
+def _counted(
+    pieces: Iterator[memoryview], total: int, on_bytes: Callable[[int, int], object]
+) -> Iterator[memoryview]:
+    for piece in pieces:
+        count = piece.nbytes
+        yield piece
+        on_bytes(count, total)
 
 
 def export_tensors(

@@ -13,7 +13,7 @@ import datetime
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +43,19 @@ _LAST_COMMITS_S = 5.0
 """Seconds that a failed run gives to the commits that are under way."""
 
 
-def run_training(config: TrainConfig) -> int | None:
+Told = Callable[[Mapping[str, Any]], object]
+
+
+def run_training(config: TrainConfig, *, on_record: Told | None = None) -> int | None:
     """Train up to ``config.run.steps``, from the newest checkpoint or from the start.
 
     Takes part in the process group of a launcher (``torchrun``), or makes one of its own. A
     SIGTERM to any rank lets all of them finish the step, save it, and return.
+
+    Args:
+        config: all settings.
+        on_record: on the first rank, takes every record that goes into the metrics file, in place
+            of what a person is shown.
 
     Returns:
         None when the run is complete, or the step after which a SIGTERM ended it; that step is
@@ -79,7 +87,7 @@ def run_training(config: TrainConfig) -> int | None:
         stack.callback(run.manager.save_on_signal(signal.SIGTERM, deadline=deadline))
         try:
             run.restore()
-            return run.train()
+            return run.train(on_record)
         except Exception as error:
             run.abandon(error)
             raise
@@ -200,8 +208,11 @@ class Run:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def train(self) -> int | None:
+    def train(self, on_record: Told | None = None) -> int | None:
         """Run every step that is left, then wait for the last commit.
+
+        Args:
+            on_record: as :func:`run_training` has it.
 
         Returns:
             None, or the step after which a signal ended it.
@@ -214,10 +225,12 @@ class Run:
             self._publish(self.restored)
         start_record = self._start_record(start)
         with ExitStack() as stack:
-            display = stack.enter_context(ProgressDisplay(total=total, start=start, enabled=first))
+            shown = first and on_record is None
+            display = stack.enter_context(ProgressDisplay(total=total, start=start, enabled=shown))
             writer = None
             if first:
-                writer = stack.enter_context(MetricsWriter(Path(self.config.run.metrics)))
+                path = Path(self.config.run.metrics)
+                writer = stack.enter_context(MetricsWriter(path, on_record))
                 writer.write(start_record)
                 display.say(_describe_start(start_record, self.config.checkpoint.root))
             for step in range(start, total):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -19,9 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class MetricsWriter:
-    """Appends one JSON object a line and flushes it, so that a SIGKILL costs at most a line."""
+    """Appends one JSON object a line and flushes it, so that a SIGKILL costs at most a line.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        also: takes every record once it is written.
+    """
+
+    def __init__(
+        self, path: Path, also: Callable[[Mapping[str, Any]], object] | None = None
+    ) -> None:
+        self._also = also
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
@@ -38,6 +46,8 @@ class MetricsWriter:
                 raise ValueError(msg)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        if self._also is not None:
+            self._also(record)
 
     def close(self) -> None:
         """Close the file."""

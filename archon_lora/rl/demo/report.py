@@ -45,15 +45,19 @@ class Report:
         verdicts = [check.passed for check in self.checks if check.passed is not None]
         return bool(verdicts) and all(verdicts)
 
-    def write(self, path: Path) -> None:
-        """Write everything as JSON."""
-        data = {
+    def document(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
             "seconds": self.seconds,
             "figures": self.figures,
         }
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write(self, path: Path) -> None:
+        """Write everything as JSON."""
+        text = json.dumps(self.document(), indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
         """Print the table."""

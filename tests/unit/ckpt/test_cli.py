@@ -396,10 +396,7 @@ def test_the_installed_command(root: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 3
-    assert done.stderr.splitlines() == [
-        "ckpt: no such directory: /no/such/root; "
-        "check the URL, the AWS_* variables and --endpoint-url"
-    ]
+    assert done.stderr.splitlines() == ["ckpt: no such directory: /no/such/root; check the path"]
 
 
 def test_sizes_and_times_for_people() -> None:

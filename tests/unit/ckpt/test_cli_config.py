@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import os
+import subprocess
+import sys
 import tomllib
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from support.steps import tiny_adapter, write_step, write_writer
 from typer.testing import CliRunner, Result
 
 from ckpt.cli_commands import app
+from ckpt.cli_config import options
 from ckpt.storage import open_storage
 
 
@@ -110,9 +118,134 @@ def test_a_command_must_be_named() -> None:
     assert "name a command" in result.stderr
 
 
+def every_option() -> list[tuple[str, str, bool, Any]]:
+    """Of each: the command, its name in a file, whether it may be repeated, and a value for it."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+    found = []
+    for info in app.registered_commands:
+        assert info.name is not None
+        assert info.callback is not None
+        hints = typing.get_type_hints(info.callback)
+        found += [
+            (info.name, key, option.multiple, a_value(hints[str(option.name)]))
+            for key, option in options(commands[info.name])
+        ]
+    return found
+
+
+def a_value(hint: Any) -> Any:
+    """Something that an option of this type takes and that is nobody's default."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kind = typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is list else kinds[0]
+    if issubclass(kind, enum.Enum):
+        return [one.value for one in kind][-1]
+    return {bool: True, int: 7, float: 7.5}.get(kind, "text")
+
+
+def test_every_option_of_every_command_can_be_set_by_its_variable() -> None:
+    variables = {
+        f"CKPT_{name}_{key}".upper().replace("-", "_"): str(value)
+        for name, key, _multiple, value in every_option()
+    }
+    result = ckpt("--print-config", **variables)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    unset = [line for line in lines if line and line[0] != "[" and "environment" not in line]
+    assert unset == []
+    assert sum("from the environment" in line for line in lines) == len(variables)
+
+
+def test_every_option_of_every_command_can_be_set_by_a_file() -> None:
+    lines: dict[str, list[str]] = {}
+    for name, key, multiple, value in every_option():
+        text = json.dumps([value] if multiple else value)
+        lines.setdefault(name, []).append(f"{key} = {text}")
+    file = [line for name, rows in lines.items() for line in (f"[{name}]", *rows)]
+    Path("ckpt.toml").write_text("\n".join(file))
+    result = ckpt("--print-config")
+    assert result.exit_code == 0, result.output
+    shown = result.stdout.splitlines()
+    assert [line for line in shown if line and line[0] != "[" and "the file" not in line] == []
+    assert len([line for line in shown if "from the file" in line]) == len(every_option())
+
+
+@pytest.mark.parametrize(
+    ("command", "variable"),
+    [("lint", "CKPT_LINT_FOR"), ("export", "CKPT_EXPORT_FORMAT"), ("inspect", "CKPT_INSPECT_ALL")],
+)
+def test_help_names_the_variable_of_an_option(command: str, variable: str) -> None:
+    assert f"[env var: {variable}]" in " ".join(
+        ckpt(command, "--help", COLUMNS="300").stdout.split()
+    )
+
+
+@pytest.mark.s3
+def test_a_profile_of_aws_is_honoured(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = s3.url("profile")
+    tensors, export = tiny_adapter()
+    write_step(open_storage(url, s3.storage_options), 5, tensors, export=export)
+    for name in s3.environment:
+        monkeypatch.delenv(name, raising=False)
+    key, secret = s3.environment["AWS_ACCESS_KEY_ID"], s3.environment["AWS_SECRET_ACCESS_KEY"]
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nregion = us-east-1\nendpoint_url = {s3.endpoint_url}\n"
+    )
+    (tmp_path / "credentials").write_text(
+        f"[lab]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    found = ckpt("ls", url, "--json", AWS_PROFILE="lab")
+    assert found.exit_code == 0, found.output
+    assert [step["step"] for step in json.loads(found.stdout)["steps"]] == [5]
+    wrong = ckpt("ls", url, AWS_PROFILE="nobody")
+    assert wrong.exit_code in {2, 3}, wrong.output
+    assert "nobody" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+    assert secret not in wrong.output
+
+
 @pytest.mark.parametrize(("typed", "offered"), [("ckpt pru", "prune"), ("ckpt lint --fo", "--for")])
 def test_a_shell_can_complete(typed: str, offered: str) -> None:
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     result = ckpt(_CKPT_COMPLETE="complete_bash", **words)
     assert result.exit_code == 0, result.output
     assert offered in result.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "module", "typed", "offered"),
+    [("ckpt", "ckpt.cli", "pru", "prune"), ("archon-lora", "archon_lora.cli", "make", "make-tiny")],
+)
+def test_a_real_bash_completes(
+    program: str, module: str, typed: str, offered: str, tmp_path: Path
+) -> None:
+    """The script that is installed, sourced and called as bash does at a press of TAB."""
+    command = tmp_path / program
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
+    script = subprocess.run(
+        [command],
+        env={**environment, variable: "source_bash"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    function = script.partition("()")[0].strip()
+    press = f"{script}\nCOMP_WORDS=({program} {typed})\nCOMP_CWORD=1\n{function} {program}\n"
+    done = subprocess.run(
+        ["bash", "-c", press + 'echo "${COMPREPLY[@]}"'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == [offered], done.stderr

@@ -121,7 +121,7 @@ def test_a_bad_override_is_named(run, tmp_path, tiny):
 def test_an_unexpected_error_shows_its_traceback_and_status_1(run, tmp_path, tiny, monkeypatch):
     from archon_lora.rl import loop
 
-    def broken(config):
+    def broken(config, **more):
         raise ZeroDivisionError("by hand")
 
     monkeypatch.setattr(loop, "run_training", broken)
