@@ -55,7 +55,11 @@ class ResettableAdapter(AdapterModule, Protocol):
 
 
 def apply_lora(
-    model: nn.Module, config: LoRAConfig, *, name_map: NameMap | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    name_map: NameMap | None = None,
+    base_model_name: str = "",
 ) -> AppliedLoRA:
     """Put adapters on the targeted linear layers and experts, and freeze everything else.
 
@@ -75,6 +79,7 @@ def apply_lora(
         model: any tree of modules.
         config: what to adapt.
         name_map: for a model whose names are not HuggingFace's: HF module name by FQN.
+        base_model_name: what published adapters call the base model.
 
     Returns:
         What matched.
@@ -133,7 +138,8 @@ def apply_lora(
     )
     model.lora = record  # type: ignore[assignment]  # modules take any attribute at run time
     # A partial, not a closure: copy.deepcopy(model) then binds the copy, not the original.
-    model.adapter_export = functools.partial(peft_export, model)  # type: ignore[assignment]
+    export = functools.partial(peft_export, model, base_model_name=base_model_name)
+    model.adapter_export = export  # type: ignore[assignment]
     trained = sum(p.numel() for p in get_adapter_params(model).values())
     _log.info(
         "LoRA on %d modules, %d trainable parameters: %s",

@@ -40,11 +40,13 @@ def mark_stages(whole: nn.Module, stages: Iterable[nn.Module]) -> None:
     require_whole(whole, "mark_stages()")
     record = applied_lora(whole)
     outline = outline_of(whole)
+    said = getattr(whole.adapter_export, "keywords", {})
     for stage in stages:
         there = {name for name, _ in canonical_modules(stage)}
         own = _within(record, there, outline)
         stage.lora = own  # type: ignore[assignment]  # modules take any attribute at run time
-        stage.adapter_export = functools.partial(peft_export, stage)  # type: ignore[assignment]
+        export = functools.partial(peft_export, stage, **said)
+        stage.adapter_export = export  # type: ignore[assignment]
 
 
 def outline_of(model: nn.Module) -> nn.Module:

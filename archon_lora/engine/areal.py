@@ -178,7 +178,7 @@ class ArchonLoRA(_Archon):
 
         with attempt(self.cpu_group, what="applying LoRA", timeout=deadline_of(self)):
             names = hf_module_names(self.state_dict_adapter)
-            apply_lora(self.model, self.lora_config, name_map=names)
+            apply_lora(self.model, self.lora_config, name_map=names, base_model_name=self.base_name)
         whole = self.model
         self._parallelise(ac_config, enable_compile)
         if getattr(self.parallel_dims, "pp", 1) > 1:

@@ -77,7 +77,12 @@ def build_model(config: EngineConfig, mesh: ParallelMesh, device: torch.device) 
 
         from .reference import add_reference
 
-        apply_lora(model, config.lora, name_map=names.module_to_hf)
+        apply_lora(
+            model,
+            config.lora,
+            name_map=names.module_to_hf,
+            base_model_name=config.base_name or config.path,
+        )
         if config.reference == "warm-start":
             add_reference(model, config.lora)
     parts = [model]

@@ -254,6 +254,9 @@ def test_a_copy_exports_itself() -> None:
     assert twin.adapter_export() == model.adapter_export() == peft_export(model)
     assert twin.adapter_export.args[0] is twin
     assert twin.lora == model.lora
+    named = net()
+    apply_lora(named, LoRAConfig(rank=2), name_map=HF, base_model_name="org/base")
+    assert named.adapter_export() == peft_export(named, base_model_name="org/base")
     with pytest.raises(LoRANotEnabled, match="this model has no LoRA: call apply_lora"):
         applied_lora(net())
 

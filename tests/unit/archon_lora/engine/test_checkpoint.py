@@ -183,4 +183,6 @@ def test_saved_under_the_name_that_is_set(engine_of, tmp_path) -> None:
             in (tmp_path / name / "adapter_config.json").read_text()
         )
     assert engine.train_state().base.name == "org/base"
+    published = engine.train_state().export()
+    assert published.peft_config["base_model_name_or_path"] == "org/base"
     assert engine.logprobs(batch_of()).shape == (4, 7)
