@@ -6,7 +6,7 @@
 - ``console``, or ``$ `` in front of commands: each is run; what follows is its output, in which
   ``...`` stands for anything. A comment ``exits 1`` tells a status that is not 0.
 - ``sh``: each command is run, or held to what would refuse it: see :data:`CHECKED`. ``ckpt serve``
-  and ``ckpt sync`` run until the document ends.
+  and ``ckpt sync`` run until the document ends, in a transcript until they have begun.
 - ``toml``: what ``ckpt`` reads as its configuration. ``json`` and ``yaml``: see the scenes.
 - ``text``: no code.
 
@@ -227,6 +227,7 @@ def commands_of(block: Block) -> Iterator[tuple[str, str]]:
 def run_commands(block: Block, stage: Stage, where: str) -> None:
     for command, wanted in commands_of(block):
         words = shlex.split(stage.own(command), comments=True)
+        words = [word for word in words if word != "2>/dev/null"]
         while words and (found := ASSIGNED.fullmatch(words[0])):
             set_variable(found[1], found[2], stage, where)
             words.pop(0)
@@ -258,22 +259,26 @@ def sources() -> str:
     return "\n".join(path.read_text("utf-8") for path in sorted(paths))
 
 
-def run_ckpt(words: list[str], stage: Stage, _kind: str) -> tuple[int, str]:
+def run_ckpt(words: list[str], stage: Stage, kind: str) -> tuple[int, str]:
     if words[1] in LISTEN:
-        return start_ckpt(words, stage), ""
+        return start_ckpt(words, stage, kind)
     done = CliRunner().invoke(app, words[1:])
     return done.exit_code, done.output
 
 
-def start_ckpt(words: list[str], stage: Stage) -> int:
-    """Start a command that goes on, on a free port, to which the document is moved."""
+def start_ckpt(words: list[str], stage: Stage, kind: str) -> tuple[int, str]:
+    """Start a command that goes on, on a free port, to which the document is moved.
+
+    Returns:
+        Its status and output; of one that goes on, 0 and nothing.
+    """
     named_at = words[words.index("--listen") + 1] if "--listen" in words else LISTEN[words[1]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     stage.places[named_at] = f"127.0.0.1:{port}"
-    log = stage.folder / f"{words[1]}-{port}.log"
-    process = start(ckpt_process, [*words, "--listen", f"127.0.0.1:{port}"], str(log))
+    log, out = (stage.folder / f"{words[1]}-{port}.{name}" for name in ("log", "out"))
+    process = start(ckpt_process, [*words, "--listen", f"127.0.0.1:{port}"], str(log), str(out))
     stage.running.callback(process.join, 30)
     stage.running.callback(process.terminate)
     deadline = time.monotonic() + 60
@@ -283,15 +288,20 @@ def start_ckpt(words: list[str], stage: Stage) -> int:
         except OSError:
             time.sleep(0.05)
         else:
-            return 0
+            if kind != "console":
+                return 0, ""
+            while out.stat().st_size == 0 and "--json" in words and time.monotonic() < deadline:
+                time.sleep(0.01)  # it listens a moment before it says so
+            process.terminate()
+            process.join(30)
+            return int(process.exitcode or 0), out.read_text()
     raise AssertionError(f"{words} does not listen: {log.read_text() if log.exists() else ''}")
 
 
-def ckpt_process(words: list[str], log: str) -> None:
+def ckpt_process(words: list[str], log: str, out: str) -> None:
     """The ``ckpt`` command in a process of its own."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    for stream, path in ((1, out), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     from ckpt.cli import main
 
     sys.argv = words

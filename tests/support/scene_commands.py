@@ -24,6 +24,7 @@ def begin(stage: Stage) -> None:
     bucket(stage)
     stage.shaped = True
     stage.statuses = {
+        "ckpt ls s3://bucket/run7 --endpoint-url http://127.0.0.1:9": 3,
         "ckpt verify run7 --step 100 --json": 1,
         "ckpt diff run7 run7-v00000001 run7-v00000002": 1,
     }
@@ -75,6 +76,20 @@ def steps(
                     policy_version=step,
                     metrics={"reward": 0.61 if step == 140 else 0.3} if ranked else None,
                 )
+
+
+def nobody_there(stage: Stage) -> None:
+    del stage.places["s3://bucket"]
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        stage.patch.setenv(f"AWS_{name}", "none")
+
+
+def somewhere(stage: Stage) -> None:
+    bucket(stage)
+
+
+def to_be_served(stage: Stage) -> None:
+    root_at(Path(stage.own("/data/run7")), versions=1)
 
 
 def damaged(stage: Stage) -> None:
@@ -161,6 +176,8 @@ def end(stage: Stage) -> None:
 SCENE = Scene(
     begin,
     before={
+        "$ ckpt ls s3://bucket/run7 --endpoint-url http://127.0.0.1:9": nobody_there,
+        "$ ckpt ls run7": somewhere,
         "$ ckpt verify run7 --step 100 --json": damaged,
         "$ ckpt export run8 for-dcp --format dcp": of_plain_dcp,
         "$ ckpt publish run7 --step 120": forty_one,
@@ -169,6 +186,7 @@ SCENE = Scene(
         "$ ckpt mirror s3://bucket/run7 /dev/shm/run7": a_tier,
         "$ ckpt sync s3://bucket/run7 --run run7 --engine vllm+http://127.0.0.1:8000 "
         "--cache /var/cache/adapters": engine_and_root,
+        "$ ckpt serve --root /data/run7 --listen 127.0.0.1:0 --json 2>/dev/null": to_be_served,
         "$ ckpt import stock run8 --step 1000": stock_dcp,
         "from ckpt.consolidate import consolidate": once_more,
         "$ ckpt doctor s3://bucket/run7": on_s3,
