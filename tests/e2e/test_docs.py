@@ -47,7 +47,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
      "--max-lora-rank 16 \\"): ENGINE,
     ("docs/howto/vllm.md", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora \\"):
         ENGINE,
-    ("docs/sync.md", "pip install archon-lora"): ENGINE,
+    ("docs/sync.md", "pip install .    # in a checkout of this project"): ENGINE,
     ("docs/sync.md", "CKPT_TEST_VLLM_PYTHON=venv-vllm/bin/python CKPT_TEST_ENGINE_MODEL=DIR pytest "
      "tests/compat/test_vllm_plugin.py"): ENGINE,
     ("docker/README.md", "python3 -c 'import secrets; print(\"admin\", secrets.token_urlsafe(32), "

@@ -70,6 +70,31 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert broken(page) == ["b.md", "#c"]
 
 
+def test_pages_that_code_names_are_there() -> None:
+    """Messages and docstrings send people to pages; a page that moved must be found here."""
+    kinds = {".py", ".sh", ".toml", ".yaml", ".ini", ".mk", ""}
+    found = {}
+    for folder in (*(ROOT / name for name in ("ckpt", "archon_lora", "examples", "docker")), ROOT):
+        files = folder.glob("*") if folder == ROOT else folder.rglob("*")
+        for path in files:
+            if path.is_file() and path.suffix in kinds and not path.name.startswith("."):
+                text = path.read_text("utf-8")
+                found |= dict.fromkeys(re.findall(r"docs/[\w/-]+\.md(?:#[\w-]+)?", text), path)
+    assert len(found) > 5
+    gone = {}
+    for link, path in found.items():
+        file, _, anchor = link.partition("#")
+        there = (ROOT / file).exists() and (not anchor or anchor in anchors(ROOT / file))
+        if not there:
+            gone[link] = named(path)
+    assert gone == {}
+
+
+def test_decisions_are_all_in_their_index() -> None:
+    listed = {link.partition("#")[0] for link in links(DOCS / "decisions" / "README.md")}
+    assert {p.name for p in (DOCS / "decisions").glob("[0-9]*.md")} <= listed
+
+
 def test_every_page_is_reached_from_the_index() -> None:
     reached, waiting = set(), [DOCS / "README.md"]
     while waiting:
