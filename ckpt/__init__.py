@@ -1,8 +1,14 @@
 """Asynchronous, sharded, verified checkpoints for LoRA training on torch.distributed.
 
+>>> import torch
 >>> from ckpt import CheckpointManager, TrainState
->>> manager = CheckpointManager("runs/7")                       # doctest: +SKIP
->>> start = manager.restore(TrainState(model, optimizer))       # doctest: +SKIP
+>>> model = torch.nn.Linear(4, 2)
+>>> state = TrainState(model, torch.optim.AdamW(model.parameters()))
+>>> with CheckpointManager("runs/7") as manager:
+...     start = manager.restore(state)      # the newest valid step, or None
+...     handle = manager.save(0, state)     # returns after one copy
+>>> handle.committed.done()
+True
 """
 
 from .about import package_version

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -232,6 +234,26 @@ def test_a_name_without_a_docstring_makes_no_page(make_api: ModuleType) -> None:
         list(make_api.entry("bare", bare))
     bare.__doc__ = "Told."
     assert "bare(a: int) -> None\n\n    Told." in "".join(make_api.entry("bare", bare))
+
+
+EXAMPLES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for package in ("ckpt", "archon_lora")
+    for path in (ROOT / package).rglob("*.py")
+    if ">>> " in path.read_text("utf-8")
+)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings_run(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = doctest.testmod(importlib.import_module(module))
+    assert (done.failed, done.attempted > 0) == (0, True)
+    text = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    text = text if text.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    assert "doctest: +SKIP" not in text.read_text("utf-8")
 
 
 # -- policies ----------------------------------------------------------------------------------
