@@ -253,6 +253,11 @@ def test_every_schema_and_the_rules_of_an_export(
     mine = by_the_rules(manifest, found)
     assert mine.keys() == wanted.keys()
     assert [name for name, tensor in wanted.items() if not same_bits(mine[name], tensor)] == []
+    consolidate(root, 3, tmp_path / "half", dtype="bfloat16", experts="single")
+    for name, tensor in load_file(tmp_path / "half/adapter_model.safetensors").items():
+        bits = mine[name].view("<u4")
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16  # to nearest, ties to even
+        assert same_bits(rounded.view("<f4"), tensor), name
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
