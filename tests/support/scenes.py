@@ -45,6 +45,8 @@ def readme_end(stage: Stage) -> None:
     ready = next(said for command, said in stage.said.items() if "readyz" in command)
     assert json.loads(ready)["version"] == "run7-v00000002"
     assert "sglang: refused" in next(s for c, s in stage.said.items() if "ckpt lint" in c)
+    listed = [s for c, s in stage.said.items() if c.startswith("ckpt versions")]
+    assert ["run-v00000002" in text for text in listed] == [True, True]  # by path, and over HTTP
 
 
 def tutorial_engine(stage: Stage) -> None:
