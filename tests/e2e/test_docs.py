@@ -7,6 +7,7 @@ told in :mod:`support.documents`; what a page's blocks find, in :mod:`support.sc
 from __future__ import annotations
 
 import random
+import re
 import sys
 import warnings
 from contextlib import ExitStack
@@ -97,6 +98,20 @@ def test_lists_name_blocks_that_there_are() -> None:
     assert [key for key in prepared if firsts[key[0]].count(key[1]) != 1] == []
     assert all(NOT_RUN.values())
     assert {words.split()[0] for words in CHECKED} <= COMMANDS.keys()
+
+
+def test_text_is_no_code() -> None:
+    """A block that is called text is not run; the API page's are docstrings."""
+    code = re.compile(
+        r"^(\$ |(ckpt|archon-lora|pip|python3?|torchrun|import|from|export) )", re.MULTILINE
+    )
+    found = {
+        (named(path), block.line)
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docker/*.md")]
+        for block in blocks_of(path)
+        if block.kind == "text" and code.search(block.text) and path.name != "api.md"
+    }
+    assert found == set()
 
 
 @pytest.mark.parametrize(
