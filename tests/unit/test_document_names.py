@@ -113,3 +113,15 @@ def test_every_number_of_a_save_is_told() -> None:
     text = (DOCS / "metrics.md").read_text("utf-8")
     told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert told == {field.name for field in dataclasses.fields(SaveMetrics)}
+
+
+@pytest.mark.parametrize(("page", "command"), [("sync.md", "sync"), ("service.md", "serve")])
+def test_defaults_are_the_commands(page: str, command: str) -> None:
+    """Where a default is told as a value, not in words."""
+    text = (DOCS / page).read_text("utf-8")
+    params = {name: param for param in COMMANDS[command].params for name in param.opts}
+    told = re.findall(r"^\| `(--[a-z-]+)[^|]*\| `?([0-9][\w.:]*)`? \|", text, re.MULTILINE)
+    assert len(told) >= 4
+    real = {name: params[name].default for name, _ in told}
+    shown = {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in real.items()}
+    assert dict(told) == shown
