@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -35,6 +36,7 @@ from .errors import (
 from .layout import WRITERS
 from .peft import local_directory
 from .storage import Storage, open_storage
+from .storage.redact import public_url
 
 EXIT_STATUS: Final = (
     "Exit status: 0 fine; 1 something was found; 2 the request cannot be met (a wrong option, no "
@@ -56,6 +58,23 @@ _HURRY: Final[Mapping[str, Mapping[str, Any]]] = {
 """By scheme, the options with which a store over a network gives up soon."""
 
 _PATH: Final = "check the path, its permissions and the space on its disk"
+_CREDENTIALS: Final = (
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "HTTP 403",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "NoCredentialsError",
+    "ProfileNotFound",
+    "SignatureDoesNotMatch",
+)
+_NO_SERVER: Final = ("EndpointConnectionError", "Invalid endpoint", "no answer in time", "SSL")
+_S3_REMEDIES: Final = (
+    (("NoSuchBucket",), "create the bucket, or check its name, --endpoint-url, AWS_ENDPOINT_URL"),
+    (_CREDENTIALS, "check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, …) and their rights"),
+    (_NO_SERVER, "check that a server runs there, --endpoint-url and AWS_ENDPOINT_URL"),
+)
 _REMEDIES: Final = (
     (("s3://", "s3a://"), "check the URL, the AWS_* variables and --endpoint-url"),
     (("http://", "https://"), "check that a service runs at the address, and CKPT_TOKEN"),
@@ -94,9 +113,20 @@ def refuse_both(step: int | None, version: str | None) -> None:
 
 
 def store_options(url: str, endpoint_url: str | None) -> dict[str, Any] | None:
-    """The storage options that go with a URL."""
+    """The storage options that go with a URL.
+
+    Raises:
+        ConfigError: an endpoint that is no address, or one with credentials.
+    """
     if endpoint_url is None or local_directory(url) is not None:
         return None
+    parts = urlsplit(endpoint_url)
+    if "@" in parts.netloc:
+        msg = "--endpoint-url must hold no credentials; use the AWS_* environment or a profile"
+        raise ConfigError(msg)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        msg = f"--endpoint-url must be http://host[:port] or https://…, got {endpoint_url!r}"
+        raise ConfigError(msg)
     return {"endpoint_url": endpoint_url}
 
 
@@ -146,8 +176,23 @@ def ask(url: str, options: Mapping[str, Any] | None) -> None:
     storage = open_storage(url, {**(options or {}), **hurry})
     try:
         storage.list(WRITERS)
+    except StorageError as error:
+        endpoint = _endpoint(url, options)
+        if endpoint is None or endpoint in str(error):
+            raise
+        # It may be another than was thought, which no answer of a server tells.
+        raise type(error)(f"{error} (asked at {endpoint})") from error
     finally:
         storage.close()
+
+
+def _endpoint(url: str, options: Mapping[str, Any] | None) -> str | None:
+    """Where an S3 store is asked, if that was said on the command line or by a variable."""
+    if not url.startswith(("s3://", "s3a://")):
+        return None
+    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    endpoint = (options or {}).get("endpoint_url") or next(filter(None, named), None)
+    return None if endpoint is None or "://" not in endpoint else public_url(endpoint)
 
 
 def in_a_hurry(url: str, endpoint_url: str | None) -> Storage:
@@ -220,7 +265,9 @@ def store_remedy(message: str, *, missing: bool = False) -> str:
     """What to look at when a store failed, by the address that the message names."""
     for schemes, remedy in _REMEDIES:
         if any(scheme in message for scheme in schemes):
-            return remedy
+            known = _S3_REMEDIES if "s3://" in schemes else ()
+            found = (more for words, more in known if any(word in message for word in words))
+            return next(found, remedy)
     return "check the path" if missing else _PATH
 
 

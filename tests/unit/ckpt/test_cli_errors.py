@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 from support.publishers import publish
+from support.s3_server import S3Server
 from support.steps import tiny_adapter, write_step
 from typer.testing import CliRunner, Result
 
@@ -259,6 +260,25 @@ def test_an_endpoint_that_takes_connections_and_never_answers(
     refused(result, 3, "s3://bucket/run7", "no answer in time", "--endpoint-url")
 
 
+@pytest.mark.s3
+def test_a_bucket_that_there_is_not(s3: S3Server) -> None:
+    result = CliRunner().invoke(app, ["ls", "s3://no-such-bucket-at-all/x"])
+    refused(result, 3, "NoSuchBucket", f"asked at {s3.endpoint_url}", "create the bucket")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [
+        ("localhost:9000", "got 'localhost:9000'"),
+        ("", "http://host[:port]"),
+        (f"http://me:{SECRET}@127.0.0.1:9000", "must hold no credentials"),
+    ],
+)
+def test_an_endpoint_that_is_no_address(endpoint: str, said: str, nowhere: str) -> None:
+    call = ["ls", "s3://bucket/run7", "--endpoint-url", endpoint]
+    refused(CliRunner().invoke(app, call), 2, "--endpoint-url", said)
+
+
 def test_a_service_that_refuses_connections(nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli_console._SERVICE, "timeout_s", 0.3)
     began = time.monotonic()
@@ -318,6 +338,9 @@ def test_what_goes_on_for_long_refuses_too(name: str, as_json: bool, tmp_path: P
     ("error", "status", "said"),
     [
         (StorageError("s3://b/x: put failed"), 3, "--endpoint-url"),
+        (StorageError("s3://b/x: put failed: HTTP 403 AccessDenied"), 3, "AWS_PROFILE"),
+        (StorageError("s3://b/x: no answer in time"), 3, "that a server runs there"),
+        (StorageError("https://h/runs/x: HTTP 502"), 3, "that a service runs"),
         (StorageError("gs://b/x: put failed"), 3, "credentials of its store"),
         (StorageError("/data/x: write failed: disk full"), 3, "the space on its disk"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 3, "/data/x: No space left"),
