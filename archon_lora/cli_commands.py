@@ -218,7 +218,8 @@ def run() -> None:
     except _SETTINGS_ERRORS as err:
         _fail(err, USAGE)
     except StorageError as err:
-        _fail(err, STORAGE, store_remedy(str(err)))
+        remedy = store_remedy(str(err), option="checkpoint.storage_options")
+        _fail(err, STORAGE, remedy)
     except (ArchonLoraError, CkptError) as err:
         _fail(err, FAILED)
     except OSError as err:

@@ -71,12 +71,12 @@ _CREDENTIALS: Final = (
 )
 _NO_SERVER: Final = ("EndpointConnectionError", "Invalid endpoint", "no answer in time", "SSL")
 _S3_REMEDIES: Final = (
-    (("NoSuchBucket",), "create the bucket, or check its name, --endpoint-url, AWS_ENDPOINT_URL"),
+    (("NoSuchBucket",), "create the bucket, or check its name, {option} and AWS_ENDPOINT_URL"),
     (_CREDENTIALS, "check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, …) and their rights"),
-    (_NO_SERVER, "check that a server runs there, --endpoint-url and AWS_ENDPOINT_URL"),
+    (_NO_SERVER, "check that a server runs there, {option} and AWS_ENDPOINT_URL"),
 )
 _REMEDIES: Final = (
-    (("s3://", "s3a://"), "check the URL, the AWS_* variables and --endpoint-url"),
+    (("s3://", "s3a://"), "check the URL, the AWS_* variables and {option}"),
     (("http://", "https://"), "check that a service runs at the address, and CKPT_TOKEN"),
     (("://",), "check the URL and the credentials of its store"),
 )
@@ -144,19 +144,16 @@ def open_root(url: str, endpoint_url: str | None) -> Storage:
 
 
 def refuse_missing(url: str) -> None:
-    """Refuse a local directory that is not there, or that may not be looked at.
+    """Refuse a local directory that is not there.
 
     Raises:
-        StorageError: says which of the two.
+        ObjectNotFound: it is not there, or no directory.
+        OSError: it may not be looked at.
     """
     local = local_directory(url)
     if local is None:
         return
-    try:
-        found = local.is_dir()
-    except OSError as error:
-        raise StorageError(f"{local}: {error.strerror}") from error
-    if not found:
+    if not local.is_dir():
         what = f"{local} is no directory" if local.exists() else f"no such directory: {local}"
         raise ObjectNotFound(what)
 
@@ -261,13 +258,19 @@ def _status(error: CkptError, verifiable: bool) -> tuple[int, str]:
     return FOUND, ""
 
 
-def store_remedy(message: str, *, missing: bool = False) -> str:
-    """What to look at when a store failed, by the address that the message names."""
+def store_remedy(message: str, *, missing: bool = False, option: str = "--endpoint-url") -> str:
+    """What to look at when a store failed, by the address that the message names.
+
+    Args:
+        message: what is said of it.
+        missing: a path names nothing.
+        option: where a command takes the endpoint of S3.
+    """
     for schemes, remedy in _REMEDIES:
         if any(scheme in message for scheme in schemes):
             known = _S3_REMEDIES if "s3://" in schemes else ()
             found = (more for words, more in known if any(word in message for word in words))
-            return next(found, remedy)
+            return next(found, remedy).format(option=option)
     return "check the path" if missing else _PATH
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import typer
+from typer.testing import CliRunner
 
 from archon_lora import cli_commands as cli
 from archon_lora.errors import ArchonLoraError
@@ -130,6 +131,18 @@ def test_a_place_that_cannot_be_written(
     assert bool(told.out) == bool(more)
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("archon-lora make", "make-tiny"), ("archon-lora train --print", "--print-config")],
+)
+def test_a_shell_can_complete(typed: str, offered: str) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    environment = {"_ARCHON_LORA_COMPLETE": "complete_bash", **words}
+    result = CliRunner(env=environment).invoke(cli.app, [])
+    assert result.exit_code == 0, result.output
+    assert offered in result.stdout.split()
+
+
 def test_a_number_that_makes_no_model(run: Callable[..., Told], tmp_path: Path) -> None:
     run("make-tiny", tmp_path / "m", "--std", "nan").refused(2, "--std", "above 0, got nan")
     run("make-tiny", tmp_path / "m", "--layers", "0", "--json").refused(2, ">= 1, got 0")
@@ -146,7 +159,7 @@ def test_an_s3_endpoint_that_refuses_connections(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     told = run("train", config(tmp_path, tiny, "s3://bucket/run7"))
-    told.refused(3, "s3://bucket/run7", nowhere, "the AWS_* variables")
+    told.refused(3, "s3://bucket/run7", nowhere, "checkpoint.storage_options and AWS_ENDPOINT_URL")
 
 
 def test_an_error_of_several_lines_is_one(
