@@ -58,11 +58,10 @@ _HURRY: Final[Mapping[str, Mapping[str, Any]]] = {
 """By scheme, the options with which a store over a network gives up soon."""
 
 _PATH: Final = "check the path, its permissions and the space on its disk"
+_NO_RIGHT: Final = ("AccessDenied", "Forbidden", "HTTP 403")
 _CREDENTIALS: Final = (
-    "AccessDenied",
+    *_NO_RIGHT,
     "ExpiredToken",
-    "Forbidden",
-    "HTTP 403",
     "InvalidAccessKeyId",
     "InvalidToken",
     "NoCredentialsError",
@@ -165,7 +164,7 @@ def ask(url: str, options: Mapping[str, Any] | None) -> None:
     a command that was only just begun, with a wrong address perhaps, ends within seconds.
 
     Raises:
-        StorageError: no answer, or a refusal.
+        StorageError: no answer, or one that says that nothing can be there.
     """
     hurry = _HURRY.get(urlsplit(url).scheme)
     if hurry is None:
@@ -174,6 +173,8 @@ def ask(url: str, options: Mapping[str, Any] | None) -> None:
     try:
         storage.list(WRITERS)
     except StorageError as error:
+        if any(word in str(error) for word in _NO_RIGHT):
+            return  # an answer: not every role may list everything, and the command finds out
         endpoint = _endpoint(url, options)
         if endpoint is None or endpoint in str(error):
             raise

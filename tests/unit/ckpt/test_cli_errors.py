@@ -377,3 +377,17 @@ def test_a_bug_is_not_made_to_look_like_an_error_of_the_users() -> None:
 def test_nobody_reads_the_output_any_more() -> None:
     with pytest.raises(BrokenPipeError), cli_console.reported(as_json=False):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_role_that_may_not_list_everything_is_let_through(
+    nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Store:
+        def list(self, _path: str) -> None:
+            raise StorageError("s3://bucket/run7/writers: list failed: HTTP 403 AccessDenied: no")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(cli_console, "open_storage", lambda *_: Store())
+    cli_console.ask("s3://bucket/run7", None)
