@@ -125,3 +125,10 @@ def test_defaults_are_the_commands(page: str, command: str) -> None:
     real = {name: params[name].default for name, _ in told}
     shown = {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in real.items()}
     assert dict(told) == shown
+
+
+def test_every_command_is_told() -> None:
+    text = "".join(path.read_text("utf-8") for path in PAGES)
+    assert [name for name in COMMANDS if not re.search(rf"`ckpt {name}[ `]", text)] == []
+    commands = typer.main.get_command(training).commands
+    assert [name for name in commands if f"archon-lora {name} " not in text] == []
