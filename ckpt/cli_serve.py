@@ -15,6 +15,7 @@ import typer
 from .cli_console import AsLines, Endpoint, reported, store_options
 from .cli_events import Events
 from .errors import ConfigError
+from .peft import local_directory
 
 if TYPE_CHECKING:  # an extra, which no other command needs
     from .service.server import Service
@@ -89,6 +90,10 @@ def serve_command(
         )
         service = Service(config)
         log_to_stderr()
+        for spec in specs:
+            local = local_directory(spec.url)
+            if local is not None and not local.is_dir():
+                log.warning("%s: no such directory yet: %s; waiting for it", spec.name, local)
         # Uvicorn ends itself in good order, and then sends the signal once more to whoever had it
         # before: that was to be the end, and is not a reason to die of it.
         for number in (signal.SIGTERM, signal.SIGINT):

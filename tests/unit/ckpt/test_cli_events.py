@@ -21,16 +21,18 @@ from ckpt.cli_events import Events
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_service_says_where_it_answers_and_that_it_ended(tmp_path: Path, number: int) -> None:
     publish_one(tmp_path / "lab")
-    listen = ("--listen", "127.0.0.1:0")
-    with CliProcess(tmp_path, "serve", "--root", str(tmp_path / "lab"), *listen, "--json") as one:
+    call = ["--root", str(tmp_path / "lab"), "--root", str(tmp_path / "later")]
+    with CliProcess(tmp_path, "serve", *call, "--listen", "127.0.0.1:0", "--json") as one:
         serving = one.until(lambda event: event["event"] == "serving")
-        assert serving["runs"] == ["lab"]
+        assert serving["runs"] == ["lab", "later"]
         (address,) = serving["addresses"]
         answer = httpx.get(f"{address}/v1/runs", timeout=20).json()
-        assert [row["run"] for row in answer["runs"]] == ["lab"]
+        assert [row["run"] for row in answer["runs"]] == ["lab", "later"]
         assert one.stop(number) == 0
         assert [event["event"] for event in one.events()] == ["serving", "stopped"]
-        assert all(json.loads(line)["message"] for line in one.err.read_text().splitlines())
+        log = [json.loads(line) for line in one.err.read_text().splitlines()]
+        (warning,) = [line["message"] for line in log if line["level"] == "warning"]
+        assert f"no such directory yet: {tmp_path / 'later'}" in warning
 
 
 def test_a_sidecar_says_what_each_engine_serves(tmp_path: Path) -> None:
