@@ -39,7 +39,9 @@ class _Amount(ProgressColumn):
         if task.total is not None:
             text += f" of {decimal(int(task.total))}"
         requests = task.fields.get("requests")
-        return Text(text if requests is None else f"{text}, {requests} requests")
+        if requests is not None:
+            text += f", {requests} request{'s' * (requests != 1)}"
+        return Text(text)
 
 
 class _Bar(Progress):
