@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.documents import CHECKED, COMMANDS, ROOT, Stage, blocks_of, matches, named
+from support.documents import CHECKED, COMMANDS, matches
 from support.documents import run_document as run
-from support.scenes import SCENES, Scene
+from support.pages import ROOT, Scene, Stage, blocks_of, named
+from support.scenes import SCENES
 
 PAGES = sorted(
     path

@@ -15,8 +15,8 @@ from ckpt.source import MemorySource
 from ckpt.storage import open_storage
 from ckpt.types import AdapterExport
 from support import shown_root
-from support.documents import Stage
 from support.fake_engine import FakeEngine
+from support.pages import Stage
 from support.steps import write_step, write_writer
 
 LAYERS = 2

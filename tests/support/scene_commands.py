@@ -15,7 +15,7 @@ from ckpt.holds import take_lease
 from ckpt.storage import open_storage
 from ckpt.tier import Tier
 from support import shown_root, stock
-from support.documents import Scene, Stage
+from support.pages import Scene, Stage
 from support.roots import bucket, engine, on_s3, publish, root_at
 from support.steps import tiny_adapter, write_step, write_writer
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ckpt import CheckpointManager, TrainState
 from support import sources, stock
-from support.documents import ROOT, Scene, Stage
+from support.pages import ROOT, Scene, Stage
 
 SITE = ROOT / "tests/support/areal_site"
 

@@ -24,7 +24,7 @@ from ckpt.publish import publish_version
 from ckpt.source import MemorySource
 from ckpt.storage import open_storage
 from support import scene_commands, scene_loops, shown_root
-from support.documents import ROOT, Scene, Stage
+from support.pages import ROOT, Scene, Stage
 from support.roots import LAYERS, bucket, engine, on_s3, publish, root_at
 from support.tiny_run import Run
 
