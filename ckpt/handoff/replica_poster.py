@@ -76,7 +76,7 @@ class ReplicaPoster:
             stopped = self._stopping.wait(self._look_s)
             record = self._record(stopped=stopped)
             due = time.monotonic() - written >= EVERY_S
-            if stopped or due or not record.same_as(last):
+            if (stopped or due or not record.same_as(last)) and self._root_is_there():
                 try:
                     self._storage.put(replica_path(self._holder), record.to_bytes())
                     last, written, failed = record, time.monotonic(), False
@@ -89,6 +89,11 @@ class ReplicaPoster:
                     failed = True
             if stopped:
                 return
+
+    def _root_is_there(self) -> bool:
+        """A mistyped directory must not come into being because somebody reports to it."""
+        place = self._storage.local_path("")
+        return place is None or place.is_dir()
 
     def _record(self, *, stopped: bool) -> ReplicaRecord:
         current, newest, passed_over = self._status.summary()

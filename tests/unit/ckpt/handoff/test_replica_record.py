@@ -122,7 +122,7 @@ class Counting:
         return []
 
     def local_path(self, path: str) -> Path:
-        return Path("/nowhere")
+        return Path(__file__).parent  # a directory that is there
 
 
 def test_only_a_change_is_written_and_a_store_that_fails_is_asked_again(caplog: Any) -> None:
@@ -142,6 +142,19 @@ def test_only_a_change_is_written_and_a_store_that_fails_is_asked_again(caplog: 
     poster.stop()
     assert ReplicaRecord.from_bytes(storage.puts[-1], "x").stopped
     assert caplog.text.count("cannot tell the root") == 1
+
+
+def test_nobody_makes_a_root_that_is_not_there_by_reporting_to_it(tmp_path: Path) -> None:
+    root = tmp_path / "mistyped"
+    storage = open_storage(str(root))
+    status = SyncStatus("run7", "me", ["http://a:1"])
+    poster = ReplicaPoster(storage, status, run="run7", holder="me", look_s=0.01)
+    poster.start()
+    time.sleep(0.1)
+    assert not root.exists()
+    root.mkdir()  # the trainer has come
+    until(lambda: read_replicas(storage))
+    poster.stop()
 
 
 def test_records_of_the_long_gone_are_deleted(tmp_path: Path) -> None:
