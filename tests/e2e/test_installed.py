@@ -17,7 +17,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from support.environments import Environment, linked_environment, needed
+from packaging.requirements import Requirement
+from packaging.version import Version
+from support.environments import Environment, canonical, linked_environment, needed
 from support.s3_server import S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +284,77 @@ def test_a_project_that_uses_it_is_type_checked(
         check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+# -- with the oldest versions --------------------------------------------------------------------
+
+OLDEST = (
+    *("fsspec", "s3fs", "safetensors", "typer", "rich", "httpx", "msgspec", "fastapi", "h11"),
+    *("jinja2", "prometheus-client", "uvicorn", "obstore"),
+)
+"""Those that the commands, the stores and the service are made of; torch is the tested one."""
+THEIR_OWN = ("aiobotocore==2.21.1", "botocore==1.37.1", "boto3==1.37.1")
+"""What s3fs's oldest version works with, named so that pip need not search for it."""
+TRIED = (
+    "tests/contract/test_storage.py",
+    *("tests/unit/ckpt/storage", "tests/unit/ckpt/client", "tests/unit/ckpt/test_peft.py"),
+    *("tests/unit/ckpt/test_cli.py", "tests/unit/ckpt/test_cli_config.py"),
+    *("tests/unit/ckpt/service/test_auth.py", "tests/unit/ckpt/service/test_runs.py"),
+)
+
+
+def lower_bounds() -> dict[str, str]:
+    """The oldest version of every direct dependency, by name."""
+    texts = [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
+    found: dict[str, str] = {}
+    for requirement in map(Requirement, texts):
+        if canonical(requirement.name) != "archon-lora":
+            (bound,) = requirement.specifier
+            assert bound.operator in {">=", "=="}, requirement
+            known = found.setdefault(canonical(requirement.name), bound.version)
+            assert known == bound.version, f"{requirement.name} has two lower bounds"
+    return found
+
+
+def test_every_dependency_has_one_lower_bound() -> None:
+    assert set(OLDEST) <= lower_bounds().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASKED not in os.environ, reason="`make release` tries the oldest versions")
+def test_the_oldest_versions_will_do(tmp_path: Path) -> None:
+    bounds = lower_bounds()
+    exact = [f"{name}=={bounds[name]}" for name in OLDEST]
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("--target", str(tmp_path / "oldest"), *exact, *THEIR_OWN),
+        ],
+        check=True,
+        timeout=1200,
+    )
+    path = f"{tmp_path / 'oldest'}{os.pathsep}{ROOT}"
+    code = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "s3fs", "typer", "fastapi"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name, version in zip(("s3fs", "typer", "fastapi"), shown.split(), strict=True):
+        assert Version(version) == Version(bounds[name])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            # s3fs of that time closes clients in tasks that nobody runs, when they are collected.
+            *("-W", "ignore::pytest.PytestUnraisableExceptionWarning", *TRIED),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

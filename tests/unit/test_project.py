@@ -289,3 +289,16 @@ def test_import_contract_can_fail(path: str, line: str, contract: str, tmp_path:
     )
     assert done.returncode != 0
     assert contract in done.stdout.replace("\n", " ")
+
+
+# Imported, though nothing here asks for them by name: fastapi is made of two, and the others are
+# used only where the caller has them.
+UNASKED = {"areal", "numpy", "pydantic", "starlette", "vllm"}
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    wanted = [*PROJECT["project"]["dependencies"], *(text for e in EXTRAS.values() for text in e)]
+    asked = {Requirement(text).name.lower().replace("-", "_") for text in wanted}
+    own = {*sys.stdlib_module_names, *PACKAGES}
+    found = {name for path in MODULES for name in imported(ast.parse(path.read_text("utf-8")))}
+    assert found - own - asked == UNASKED
