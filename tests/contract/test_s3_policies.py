@@ -19,11 +19,13 @@ from typing import Any
 
 import boto3
 import pytest
+from support import ranks_tiers, stock
 from support.memory_engine import MemoryEngine
 from support.policed_s3 import Police, PolicedS3, allows, policed_server, rights
 from support.s3_server import environment_of, free_port
 from support.serving import serving
 from support.tiny_run import Run
+from support.warm_start import start
 from typer.testing import CliRunner
 
 from ckpt import CheckpointManager, Retention, StorageError
@@ -38,6 +40,8 @@ from ckpt.handoff.resolve import ResolverSettings, VersionResolver
 from ckpt.handoff.sync import Sidecar, SyncConfig
 from ckpt.layout import replica_path
 from ckpt.storage import open_storage
+from ckpt.supervisor import Supervisor
+from ckpt.tier import Tier
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "s3.md"
 URL = "s3://bucket/prefix"
@@ -61,13 +65,16 @@ def policies() -> dict[str, dict[str, Any]]:
 
 POLICIES = policies()
 STRAY = "-on-a-stray-path"
+TIERED = "trainer-with-a-tier"
+"""Keys of its own, so that what its uploader needs is told from what any trainer does."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PolicedS3]:
     # Those who stray have keys of their own, so that what they are refused counts for nobody else.
     strays = {f"{role}{STRAY}": policy for role, policy in POLICIES.items()}
-    with policed_server({**POLICIES, **strays}, free_port()) as found:
+    policed = {**POLICIES, **strays, TIERED: POLICIES["trainer"]}
+    with policed_server(policed, free_port()) as found:
         keys = {"aws_access_key_id": "admin", "aws_secret_access_key": "x"}
         with contextlib.closing(
             boto3.client("s3", endpoint_url=found.endpoint_url, region_name="us-east-1", **keys)
@@ -95,10 +102,10 @@ def ckpt(*words: str, status: int = 0) -> str:
     return done.stdout
 
 
-def published(first: int, steps: int, **more: Any) -> CheckpointManager:
+def published(first: int, steps: int, url: str = URL, **more: Any) -> CheckpointManager:
     """A manager that has saved and published so many steps."""
     run = Run()
-    manager = CheckpointManager(URL, run_name="run7", retention=Retention(latest=2), **more)
+    manager = CheckpointManager(url, run_name="run7", retention=Retention(latest=2), **more)
     assert manager.restore(run.state) == (first - 1 if first else None)
     for step in range(first, first + steps):
         run.train(1)
@@ -124,10 +131,14 @@ def granted(role: str) -> set[tuple[str, str]]:
     }
 
 
+def refused(server: PolicedS3, role: str) -> set[tuple[str, str]]:
+    return {(one.action, one.resource) for one in server.asked(role) if not one.allowed}
+
+
 def check(server: PolicedS3, role: str) -> None:
     """Nothing was refused, and nothing is allowed that was not asked for."""
     asked = server.asked(role)
-    assert {(one.action, one.resource) for one in asked if not one.allowed} == set()
+    assert refused(server, role) == set()
     pairs = {(one.action, one.resource) for one in asked}
     idle = {
         (action, pattern)
@@ -167,6 +178,8 @@ def trained(server: PolicedS3, tmp_path_factory: pytest.TempPathFactory) -> Iter
         published(3, 1, storage_options={"backend": "obstore"}).close()
         ckpt("export", URL, str(folder / "adapter"))
         ckpt("import", str(folder / "adapter"), URL, "--run", "other")
+        checkpoint = stock.save(stock.state_dict(*stock.model_and_optimizer()), folder / "dcp")
+        ckpt("import", str(checkpoint), f"{URL}/imported", "--optimizer", "AdamW")
         ckpt("publish", URL, "--run", "again")
         ckpt("pin", URL, "--step", "3")
         ckpt("unpin", URL, "--step", "3")
@@ -185,6 +198,49 @@ def until(true: Callable[[], object], within_s: float = 30) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def unfinished(url: str) -> list[str]:
+    """Whose uploads below a root nobody finished: steps and versions. They are aborted now."""
+    found = json.loads(ckpt("prune", url, "--uploads", "--older-than", "0s", "--json"))
+    assert not any(entry["keep"] for entry in found["entries"])
+    return ["/".join(entry["path"].split("/")[:2]) for entry in found["entries"]]
+
+
+def test_a_trainer_with_a_local_tier(
+    server: PolicedS3, as_role: As, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its uploader, also one that dies within an upload in parts; ``mirror``; ``export`` to S3."""
+    as_role(TIERED)
+    url, tier = f"{URL}/tiered", tmp_path / "tier"
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervisor, "_start", lambda self: None)
+        published(0, 1, url, local_tier=tier).close()
+    # The version is up; of the step a file is sent whole, and not yet an object.
+    killed = start(
+        ranks_tiers.upload_in_small_parts,
+        str(tier),
+        environment={"ARCHON_CKPT_FAULT": "object.multipart.before_complete:3=kill"},
+    )
+    killed.join(120)
+    assert killed.exitcode == -9
+    manager = published(1, 2, url, local_tier=tier)  # whose uploader goes on with what is there
+    manager.wait_mirrored(120)
+    manager.close()
+    until(lambda: not Tier(tier, url).uploader_alive(), 120)
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervisor, "_start", lambda self: None)
+        published(3, 1, url, local_tier=tier).close()
+    with small_parts(monkeypatch):
+        assert "2 mirrored" in ckpt("mirror", url, str(tier))
+        for _ in range(2):
+            ckpt("export", url, f"{url}/out", "--overwrite")
+    ckpt("verify", url)
+    assert unfinished(url) == ["steps/step-00000000.w0001"]
+    assert unfinished(url) == []
+    assert refused(server, TIERED) == set()
+    out = {one.action for one in server.asked(TIERED) if "/tiered/out/" in one.resource}
+    assert out == {"s3:GetObject", "s3:PutObject", "s3:DeleteObject"}  # as the page says
 
 
 def test_the_sidecar(server: PolicedS3, trained: None, as_role: As, tmp_path: Path) -> None:
@@ -261,10 +317,14 @@ def test_the_service(
 def test_the_reader(server: PolicedS3, trained: None, as_role: As, tmp_path: Path) -> None:
     as_role("reader")
     ckpt("ls", URL)
+    ckpt("inspect", URL)
     ckpt("verify", URL)
     version = json.loads(ckpt("versions", URL, "--json"))["versions"][0]["name"]
+    ckpt("diff", URL, "3", "3")
+    ckpt("diff", URL, version, "--other", f"{URL}/adapters/{version}")
     ckpt("lint", f"{URL}/adapters/{version}", status=1)  # SGLang's objection to a toy
     ckpt("export", URL, str(tmp_path / "a"))
+    ckpt("export", URL, str(tmp_path / "b"), "--format", "dcp")
     resolver = VersionResolver(ResolverSettings({"run7": URL}, tmp_path / "cache", 10**9))
     assert resolver.resolve("base", Registry(URL, run="run7").latest().name).is_dir()
     check(server, "reader")
