@@ -23,6 +23,9 @@ def main() -> None:
             f"archon-lora: the command line needs {missing}: pip install 'archon-lora[cli]'\n"
         )
         sys.exit(2)
+    except KeyboardInterrupt:  # loading takes seconds, in which a typo is noticed
+        sys.stderr.write("archon-lora: interrupted\n")
+        sys.exit(130)
     run()
 
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import typer
 from rich.console import Console
 
+from .cli_found import refuse_other
 from .errors import (
     AlreadyExists,
     CkptError,
@@ -130,7 +131,22 @@ def store_options(url: str, endpoint_url: str | None) -> dict[str, Any] | None:
 
 
 def open_root(url: str, endpoint_url: str | None) -> Storage:
-    """The store of a root that must be there, and must answer.
+    """The store of a run's root that must be there, and must answer.
+
+    Raises:
+        ConfigError: an unusable URL.
+        NoCheckpoint: a local directory that is something else.
+        StorageError: there is no such directory, or nobody answers at the address.
+    """
+    storage = open_place(url, endpoint_url)
+    local = local_directory(url)
+    if local is not None:
+        refuse_other(local)
+    return storage
+
+
+def open_place(url: str, endpoint_url: str | None) -> Storage:
+    """The store of any place that must be there, and must answer.
 
     Raises:
         ConfigError: an unusable URL.
@@ -153,6 +169,9 @@ def refuse_missing(url: str) -> None:
     if local is None:
         return
     if not local.is_dir():
+        scheme, one_slash, _rest = url.partition(":/")
+        if one_slash and scheme in _HURRY:
+            raise ObjectNotFound(f"{url} is no URL; write {scheme}:// with two slashes")
         what = f"{local} is no directory" if local.exists() else f"no such directory: {local}"
         raise ObjectNotFound(what)
 

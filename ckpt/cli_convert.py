@@ -14,12 +14,14 @@ from .cli_console import (
     Dtype,
     Endpoint,
     ask,
+    open_place,
     open_root,
     output_console,
     reported,
     store_options,
     write_json,
 )
+from .cli_found import is_root
 from .cli_progress import watching
 from .dcp.exporting import export_checkpoint
 from .dcp.importing import Imported, import_stock
@@ -113,7 +115,7 @@ def import_command(
                 raise NoCheckpoint(f"{local} is no adapter_model.pt or adapter_<N>.pt of torchtune")
             _import_tune(tune, root, given, endpoint_url, as_json)
             return
-        found = open_root(source, endpoint_url)
+        found = open_place(source, endpoint_url)
         options = store_options(root, endpoint_url)
         if local is not None and (trainer := find_prime_rl(local)) is not None:
             _only(given, source, "prime-rl", {"step", "optimizer", "skip"})
@@ -153,6 +155,11 @@ def import_command(
             _show_version(source, root, run or _DEFAULT_RUN, adapter, as_json)
         elif local is not None and (tune := find_torchtune(local)) is not None:
             _import_tune(tune, root, given, endpoint_url, as_json)
+        elif local is not None and is_root(local):
+            raise NoCheckpoint(
+                f"{local} is the root of a run already, which every command reads as it is; of it, "
+                f"a published version can be imported, as {local}/adapters/NAME"
+            )
         else:
             msg = f"{found.url} is no checkpoint that is known here: {_KINDS} ({CONFIG_NAME})"
             raise NoCheckpoint(f"{msg}, torchtune (adapter_model.pt)")

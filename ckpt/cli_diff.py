@@ -19,6 +19,7 @@ from .cli_console import (
     AsJson,
     Endpoint,
     Url,
+    open_place,
     open_root,
     output_console,
     reported,
@@ -105,7 +106,7 @@ def _second(
         return _choose(url if other is None else other, second or first, endpoint_url)
     local = local_directory(other)
     may_be_bare = local is None or local.is_dir()
-    if may_be_bare and open_root(other, endpoint_url).exists("adapter_config.json"):
+    if may_be_bare and open_place(other, endpoint_url).exists("adapter_config.json"):
         return _adapter(other, endpoint_url)
     return _choose(other, first, endpoint_url)
 

@@ -116,8 +116,9 @@ def watching(
         yield
         return
     before = [store.traffic for store in stores]
+    total = total or None  # nothing to go by is no end that could be reached
     with _bar(what) as bar:
-        task = bar.add_task(what, total=total or None, requests=0 if stores else None)
+        task = bar.add_task(what, total=total, requests=0 if stores else None)
 
         def measure() -> None:
             moved = [store.traffic - old for store, old in zip(stores, before, strict=True)]

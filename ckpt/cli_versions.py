@@ -77,7 +77,10 @@ def versions_command(
             ]
             write_json({"url": storage.url, "older": older, "versions": rows})
             return
-        _print(storage.url, entries, kept, older)
+        if not entries:
+            output_console().print(Text(_none(storage, run)), soft_wrap=True)
+            return
+        _print(entries, kept, older)
 
 
 def _floor(newer_than: str | None) -> int | str | None:
@@ -93,20 +96,24 @@ def _above(storage: Storage, run: str | None, floor: int | str | None) -> list[s
         pair = parse_version_name(floor)
         if pair is None or run not in (None, pair[0]):
             of_run = "" if run is None else f" of run {run!r}"
-            raise ConfigError(f"--newer-than takes the number or name of a version{of_run}")
+            raise ConfigError(
+                f"--newer-than takes the number or name of a version{of_run}, got {floor!r}"
+            )
         run, number = pair
     elif floor is not None:
         number = floor
     return [version_name(*pair) for pair in version_names(storage, run) if pair[1] > number]
 
 
-def _print(
-    url: str, entries: Sequence[VersionEntry], kept: Sequence[str | None], older: int
-) -> None:
+def _none(storage: Storage, run: str | None) -> str:
+    """That there is no such version, and of which runs there are some if the name may be wrong."""
+    said = f"no such versions in {storage.url}"
+    runs = sorted({pair[0] for pair in version_names(storage, None)})
+    return said if run is None or run in runs or not runs else f"{said}, but of {', '.join(runs)}"
+
+
+def _print(entries: Sequence[VersionEntry], kept: Sequence[str | None], older: int) -> None:
     console = output_console()
-    if not entries:
-        console.print(Text(f"no such versions in {url}"))
-        return
     console.print(show.versions_table(entries, kept))
     if older:
         console.print(Text(f"{older} older; --newest shows more"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -68,10 +67,9 @@ def _main(argv: list[str], out: str, err: str) -> None:
     from ckpt.cli import main
 
     sys.argv = argv
-    with contextlib.suppress(SystemExit):
-        try:
-            main()
-        except SystemExit as stop:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code if isinstance(stop.code, int) else 1)
+    try:
+        main()
+    except SystemExit as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 1)

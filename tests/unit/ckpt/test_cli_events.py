@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -70,10 +69,21 @@ def test_without_json_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_last_state_is_told_although_nobody_looked_in_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    events, stop, state = Events(wanted=True), threading.Event(), {"n": 0}
-    thread = events.follow(lambda: ("status", dict(state)), stop)
+    events, stop, looked, state = (
+        Events(wanted=True),
+        threading.Event(),
+        threading.Event(),
+        {"n": 0},
+    )
+
+    def look() -> tuple[str, dict[str, int]]:
+        now = dict(state)
+        looked.set()
+        return "status", now
+
+    thread = events.follow(look, stop)
     assert thread is not None
-    time.sleep(0.5)
+    assert looked.wait(30)
     state["n"] = 1
     stop.set()
     thread.join(10)

@@ -22,7 +22,7 @@ from support.publishers import publish
 from support.steps import tiny_adapter, write_step
 from typer.testing import CliRunner
 
-from ckpt import cli_commands
+from ckpt import cli_commands, cli_progress
 from ckpt.consolidate import consolidate
 from ckpt.layout import MANIFEST
 from ckpt.peft import WEIGHTS_NAME
@@ -169,6 +169,20 @@ def test_a_bar_that_knows_its_end_reaches_it(
     files = [f for f in Path(places["root"], directory).iterdir() if f.name != MANIFEST]
     total = decimal(reads * sum(file.stat().st_size for file in files))
     assert f"{total} of {total}" in terminal.drawn()
+
+
+def test_a_bar_that_does_not_know_its_end_counts_all_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    storage = open_storage(root)
+    terminal, path = Terminal(), f"adapters/{VERSION}/{MANIFEST}"
+    with (
+        streams(io.StringIO(), terminal.file),  # type: ignore[arg-type]  # a file is one
+        cli_progress.watching("reading", storage, total=0, as_json=False),
+    ):
+        count = len(storage.read(path))
+    assert decimal(count) in terminal.drawn()
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
