@@ -49,15 +49,20 @@ class Group(TyperGroup):
         except _CLICK_ERRORS as error:
             self._refuse(error, as_json=wants_json(given))
             status = USAGE
-        except typer.Abort:
-            self.complain("interrupted")
-            status = INTERRUPTED
         sys.exit(status if isinstance(status, int) else 0)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note for the group's own callback what the command after it will be asked for."""
         ctx.meta[JSON_ASKED] = wants_json(args)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C, of which typer says nothing, is told like an error."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            self.complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
 
     def complain(self, message: str) -> None:
         """One line on standard error."""

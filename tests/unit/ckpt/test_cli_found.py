@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -104,25 +100,3 @@ def test_the_runs_that_have_versions(home: Path) -> None:
     wrong = CliRunner().invoke(app, ["versions", root, "--newer-than", "v7"])
     assert wrong.exit_code == 2
     assert "got 'v7'" in wrong.stderr
-
-
-@pytest.mark.parametrize(
-    ("entry", "name"), [("ckpt.cli", "ckpt"), ("archon_lora.cli", "archon-lora")]
-)
-def test_ctrl_c_while_the_commands_are_loaded(
-    entry: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = builtins.__import__
-
-    def interrupted(what: str, *rest: Any, **named: Any) -> Any:
-        if what == "cli_commands":
-            raise KeyboardInterrupt
-        return real(what, *rest, **named)
-
-    module = importlib.import_module(entry)
-    monkeypatch.setattr(sys, "argv", [name, "--version"])
-    monkeypatch.setattr(builtins, "__import__", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == f"{name}: interrupted\n"
