@@ -21,7 +21,7 @@ from .cli_console import (
     store_options,
     write_json,
 )
-from .cli_found import is_root
+from .cli_found import is_root, refuse_other
 from .cli_progress import watching
 from .dcp.exporting import export_checkpoint
 from .dcp.importing import Imported, import_stock
@@ -108,6 +108,7 @@ def import_command(
     }
     with reported(as_json, verifiable=False):
         ask(root, store_options(root, endpoint_url))
+        _refuse_target(root)
         local = local_directory(source)
         if local is not None and local.is_file():
             tune = find_torchtune(local)
@@ -163,6 +164,13 @@ def import_command(
         else:
             msg = f"{found.url} is no checkpoint that is known here: {_KINDS} ({CONFIG_NAME})"
             raise NoCheckpoint(f"{msg}, torchtune (adapter_model.pt)")
+
+
+def _refuse_target(root: str) -> None:
+    """Refuse to make a root of what is something else, such as the source itself."""
+    local = local_directory(root)
+    if local is not None and local.is_dir():
+        refuse_other(local)
 
 
 def _has_weights(directory: Path) -> bool:

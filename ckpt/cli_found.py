@@ -76,4 +76,4 @@ def _roots_below(directory: Path) -> str | None:
     names = sorted(path.name for path in directory.iterdir() if is_root(path))
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     listed = ", ".join(names[:_NAMED])
-    return f"but it holds some; name one of them: {listed}{more}" if names else None
+    return f"there are some in it; name one of them: {listed}{more}" if names else None

@@ -49,7 +49,7 @@ PLACES = [
     ("verl-run", "is a run of verl; name one of its steps"),
     ("adapter", "it is a PEFT adapter; `ckpt lint {place}` looks at it, and `ckpt import {place}"),
     ("model", "it is a model (config.json); name the directory that its training saves to"),
-    ("runs", "but it holds some; name one of them: kinds"),
+    ("runs", "there are some in it; name one of them: kinds"),
     ("runs/kinds/steps", "it lies in one; name {home}/runs/kinds"),
     ("runs/kinds/steps/step-00000010.w0001", "it lies in one; name {home}/runs/kinds"),
     ("runs/kinds/adapters/" + VERSION, "it lies in one; name {home}/runs/kinds"),
@@ -82,6 +82,15 @@ def test_our_own_root_needs_no_import(home: Path) -> None:
     assert result.exit_code == 2
     assert f"{root} is the root of a run already" in result.stderr
     assert not (home / "new").exists()
+
+
+@pytest.mark.parametrize("target", ["stock", "runs", "adapter"])
+def test_an_import_makes_no_root_of_something_else(home: Path, target: str) -> None:
+    before = sorted(path.name for path in (home / target).iterdir())
+    result = CliRunner().invoke(app, ["import", str(home / "stock"), str(home / target)])
+    assert result.exit_code == 2
+    assert f"{home / target} is no root of a run: " in result.stderr
+    assert sorted(path.name for path in (home / target).iterdir()) == before
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
