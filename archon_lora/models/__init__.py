@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from .base import BaseStateDictAdapter
 from .cache import KVCache
-from .loading import LoadReport, base_fingerprint, load_hf_weights, load_pretrained
+from .loading import (
+    LoadReport,
+    base_fingerprint,
+    load_hf_weights,
+    load_pretrained,
+    weights_fingerprint,
+)
 from .registry import get_model_spec, model_specs
 from .spec import ModelSpec
 
@@ -18,4 +24,5 @@ __all__ = [
     "load_hf_weights",
     "load_pretrained",
     "model_specs",
+    "weights_fingerprint",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from archon_lora.placement import copy_local_, local_slice
 from .base import BaseStateDictAdapter
 from .hf_files import HFWeights, read_config
 from .registry import get_model_spec
+
+_SAMPLED_TENSORS = 512
+_SAMPLED_ELEMENTS = 1024
 
 VOLATILE_KEYS = frozenset(
     {
@@ -155,7 +159,7 @@ def base_fingerprint(directory: str | Path, *, name: str | None = None) -> dict[
     The hash is SHA-256 over ``config.json`` as canonical JSON (sorted keys, no spaces, ASCII)
     without null entries and without :data:`VOLATILE_KEYS`. So it survives a copy, another storage
     dtype and a save by another patch version; weights are not read, and a fine-tuned model of the
-    same shape has the same hash under another name.
+    same shape has the same hash: :func:`weights_fingerprint` tells the two apart.
 
     Args:
         directory: the model directory.
@@ -172,6 +176,37 @@ def base_fingerprint(directory: str | Path, *, name: str | None = None) -> dict[
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode("ascii")).hexdigest()
     return {"name": str(directory) if name is None else name, "config_hash": digest}
+
+
+def weights_fingerprint(directory: str | Path) -> str:
+    """A hash that tells a base model from another of the same configuration.
+
+    SHA-256 over the names and shapes of up to 512 tensors, taken evenly by name, and over up to
+    1024 elements from the middle of each, rounded to bfloat16. So it reads about a megabyte
+    whatever the model's size, does not depend on the path or on how tensors are split into files,
+    and a copy stored in bfloat16 is the same model as its fp32 original. It is no proof of
+    equality: a change that misses every sample goes unseen.
+
+    Args:
+        directory: a model directory with safetensors weights.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        ModelLoadError: the weights cannot be read.
+    """
+    digest = hashlib.sha256()
+    with HFWeights(directory) as weights:
+        names = sorted(name for name, shape in weights.shapes.items() if all(shape) and shape)
+        for name in names[:: math.ceil(len(names) / _SAMPLED_TENSORS) or 1]:
+            *outer, last = weights.shapes[name]
+            block = (*(slice(n // 2, n // 2 + 1) for n in outer), slice(0, _SAMPLED_ELEMENTS))
+            sample = weights.read(name, block).to(torch.bfloat16).contiguous()
+            digest.update(f"{name} {outer} {last}\n".encode())
+            # NumPy may not be installed.
+            digest.update(bytes(sample.view(torch.uint8).flatten().tolist()))
+    return digest.hexdigest()
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from archon_lora.engine import ArchonEngine, keep_reference
 from archon_lora.engine.agree import gather_json
 from archon_lora.errors import TrainConfigError
+from archon_lora.models import weights_fingerprint
 from archon_lora.rl.build import (
     build_engine,
     build_manager,
@@ -36,7 +37,7 @@ from archon_lora.rl.config import TrainConfig
 from archon_lora.rl.metrics import MetricsWriter, ProgressDisplay
 from archon_lora.rl.rollout import Batch, PromptStream, pack, unpack
 from archon_lora.rl.trainer import train_on
-from archon_lora.rl.warm import begin, resume
+from archon_lora.rl.warm import BASE_WEIGHTS, begin, resume, same_base
 from ckpt import CheckpointManager, CkptError, TrainState
 
 _LAST_COMMITS_S = 5.0
@@ -155,8 +156,15 @@ class Run:
         self.manager = manager
         self.prompts = PromptStream()
         self.settings = config.resume_key()
+        self.weights = weights_fingerprint(config.model.path)
         self.progress = Progress(
-            {"rollouts": [], "served": None, "settings": self.settings, "warm_start": None}
+            {
+                "rollouts": [],
+                "served": None,
+                "settings": self.settings,
+                "warm_start": None,
+                BASE_WEIGHTS: self.weights,
+            }
         )
         self.state: TrainState = engine.train_state(
             extra=self.progress.extra, dataloader=self.prompts
@@ -175,7 +183,8 @@ class Run:
         """Go on from the newest committed step, if there is one, or begin as the settings say.
 
         Raises:
-            TrainConfigError: a setting differs that the data already sampled depends on.
+            TrainConfigError: a setting differs that the data already sampled depends on, or the
+                base's weights do.
         """
         if not self.config.checkpoint.fresh:
             self.restored = resume(self.manager, self.state, reference=self.config.reference)
@@ -185,6 +194,8 @@ class Run:
             if self.engine.config.reference == "warm-start":
                 keep_reference(self.engine)
             return
+        any_base = self.config.checkpoint.any_base
+        same_base(self.progress.extra, self.weights, any_base=any_base)
         saved = self.progress.extra["settings"]
         for name, value in self.settings.items():
             if saved[name] != value:

@@ -311,6 +311,7 @@ class CheckpointSection:
         vote_timeout_s: deadline in seconds for the ranks' agreement on a commit.
         preempt_deadline_s: seconds from a SIGTERM by which the last save must be committed.
         fresh: start over although the root holds steps.
+        any_base: go on although the base's weights are not those that the run began with.
         local_tier: a local directory (a disk, or ``/dev/shm``) in which steps commit and from
             which a process of its own brings them to ``root``; empty for none.
         wait_mirrored_s: seconds that the end of the run waits for the root to hold what the local
@@ -330,6 +331,7 @@ class CheckpointSection:
     vote_timeout_s: float = 60.0
     preempt_deadline_s: float = 25.0
     fresh: bool = False
+    any_base: bool = False
     local_tier: str = ""
     wait_mirrored_s: float = 0.0
     when_busy: Literal["block", "skip", "latest"] = "block"

@@ -35,6 +35,9 @@ class WarmStartSection:
 
 _SLOT = f".adapters.{REFERENCE_ADAPTER}."
 
+BASE_WEIGHTS = "base_weights"
+"""In every checkpoint's ``extra``: the fingerprint of the base's weights."""
+
 
 def resume(manager: CheckpointManager, state: TrainState, *, reference: str) -> int | None:
     """Go on from the newest committed step, if there is one; on every rank.
@@ -61,6 +64,30 @@ def resume(manager: CheckpointManager, state: TrainState, *, reference: str) -> 
             f"was ('base' or 'warm-start'), or start over with another root: {error}"
         )
         raise TrainConfigError(msg) from error
+
+
+def same_base(extra: dict[str, Any], weights: str, *, any_base: bool) -> None:
+    """Compare the base's weights with those that the restored step was trained over.
+
+    Args:
+        extra: of the restored step; holds ``weights`` afterwards. Steps of earlier releases have
+            no fingerprint, and any weights do.
+        weights: :func:`archon_lora.models.weights_fingerprint` of the base as it is now.
+        any_base: accept others.
+
+    Raises:
+        TrainConfigError: they differ.
+    """
+    saved = extra.get(BASE_WEIGHTS, weights)
+    if saved != weights and not any_base:
+        msg = (
+            "model.path holds other weights than the checkpoint was trained over (fingerprint "
+            f"{saved[:12]} when it was saved, {weights[:12]} now), although the config is the "
+            "same; put the model back, start over with another root, or go on with "
+            "checkpoint.any_base=true"
+        )
+        raise TrainConfigError(msg)
+    extra[BASE_WEIGHTS] = weights
 
 
 def begin(

@@ -12,6 +12,7 @@ from archon_lora.models import (
     get_model_spec,
     load_hf_weights,
     load_pretrained,
+    weights_fingerprint,
 )
 from archon_lora.models.hf_files import HFWeights
 from archon_lora.models.qwen2 import Qwen2Config, Qwen2Model, Qwen2StateDictAdapter
@@ -249,6 +250,24 @@ def test_fingerprint(directory, tmp_path):
     assert base_fingerprint(directory)["config_hash"] == digest
     edit_config(directory, rope_theta=7.0)
     assert base_fingerprint(directory)["config_hash"] != digest
+
+
+def test_fingerprint_of_weights(directory, tmp_path):
+    digest = weights_fingerprint(directory)
+    assert len(digest) == 64
+    other = write_tiny_qwen2(tmp_path / "other", **SMALL, seed=1)
+    assert base_fingerprint(other)["config_hash"] == base_fingerprint(directory)["config_hash"]
+    assert weights_fingerprint(other) != digest
+    weights = read_weights(directory)
+    write_weights(directory, {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})
+    assert weights_fingerprint(directory) == digest
+    split(directory)
+    assert weights_fingerprint(directory) == digest
+    with HFWeights(directory) as reader:
+        most = max(reader.shapes, key=lambda name: len(reader.shapes[name]))
+    weights[most] = -weights[most]
+    write_weights(tmp_path / "other", weights)
+    assert weights_fingerprint(tmp_path / "other") != digest
 
 
 def test_registry(directory):

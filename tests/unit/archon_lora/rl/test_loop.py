@@ -1,5 +1,6 @@
 """The loop on one rank: staleness, exact resume, cadence, and what a resume refuses."""
 
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -180,6 +181,19 @@ def test_what_the_batches_in_flight_depend_on_may_not_change(start, override, se
     start("run", "run.steps=2")
     with pytest.raises(TrainConfigError, match=rf"\[{section}\] differs from the checkpoint's"):
         start("run", "run.steps=4", override)
+
+
+def test_a_base_of_other_weights_is_refused_and_taken_on_purpose(start, tiny, tmp_path):
+    start("run", "run.steps=2")
+    other = write_tiny_qwen2(tmp_path / "other", hidden=32, layers=1, std=0.1, seed=4)
+    with pytest.raises(TrainConfigError, match="holds other weights than the checkpoint"):
+        start("run", "run.steps=3", f'model.path="{other}"')
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    assert sorted(start("run", "run.steps=3", f'model.path="{moved}"')) == [0, 1, 2]
+    on_purpose = (f'model.path="{other}"', "checkpoint.any_base=true")
+    assert sorted(start("run", "run.steps=4", *on_purpose)) == [0, 1, 2, 3]
+    # From here on the other one is the run's base.
+    assert sorted(start("run", "run.steps=5", f'model.path="{other}"')) == [0, 1, 2, 3, 4]
 
 
 def test_what_they_do_not_depend_on_may_change(start):
