@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 from typing import Any
 
 from ckpt.checksum import sha256_hex, verify_file
@@ -15,7 +16,7 @@ from ckpt.publish import publish_version
 from ckpt.source import MemorySource
 from ckpt.storage import Storage, open_storage
 from ckpt.storage.faultpoints import ENVIRONMENT
-from support.steps import tiny_adapter
+from support.steps import tiny_adapter, write_step
 
 LAST_STEP = 999
 """The step whose version ends :func:`watch`."""
@@ -99,3 +100,13 @@ def watch(
         seen.append(newest)
     registry.close()
     return [version.name for version in seen]
+
+
+def two_steps_and_a_version(root: Path) -> Path:
+    """A run with steps 10 and 20, whose adapter is published as ``run7-v00000001``."""
+    storage = open_storage(root)
+    tensors, export = tiny_adapter()
+    for step in (10, 20):
+        write_step(storage, step, tensors, export=export)
+    publish(str(root), "run7")
+    return root

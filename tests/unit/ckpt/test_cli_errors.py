@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from support.publishers import publish
+from support.publishers import two_steps_and_a_version
 from support.s3_server import S3Server
-from support.steps import tiny_adapter, write_step
 from typer.testing import CliRunner, Result
 
 from ckpt import cli_console
 from ckpt.cli_commands import app
 from ckpt.errors import DamagedError, PublishError, StorageError
-from ckpt.storage import open_storage
 from ckpt.tier import Tier
 
 VERSION = "run7-v00000001"
@@ -84,13 +82,7 @@ ASKING = [name for name in EACH if not COMMANDS[name].waits]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    root = tmp_path / "root"
-    storage = open_storage(root)
-    tensors, export = tiny_adapter()
-    for step in (10, 20):
-        write_step(storage, step, tensors, export=export)
-    publish(str(root), "run7")
-    return root
+    return two_steps_and_a_version(tmp_path / "root")
 
 
 @pytest.fixture

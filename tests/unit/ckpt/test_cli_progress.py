@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import typer
 from rich.filesize import decimal
-from support.publishers import publish
+from support.publishers import two_steps_and_a_version
 from support.steps import tiny_adapter, write_step
 from typer.testing import CliRunner
 
@@ -60,13 +60,7 @@ class Terminal:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    root = tmp_path / "root"
-    storage = open_storage(root)
-    tensors, export = tiny_adapter()
-    for step in (10, 20):
-        write_step(storage, step, tensors, export=export)
-    publish(str(root), "run7")
-    return root
+    return two_steps_and_a_version(tmp_path / "root")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What a user gets wrong is one line that names it and the remedy, with exit status 2."""
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -10,42 +9,24 @@ import typing
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from support.archon_cli import caller
 
-from archon_lora import cli
 from archon_lora.models.tiny import write_tiny_qwen2
 from archon_lora.rl.config import TrainConfig, load_config
 
 REPO = Path(__file__).resolve().parents[4]
 
 
-class Ended(Exception):
-    pass
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Calls ``main()``; returns exit status and stderr."""
+    """Calls the program; returns exit status and stderr."""
+    call = caller(monkeypatch, capsys)
 
-    def end(status):
-        raise Ended(status)
+    def status_and_errors(*args):
+        told = call(*args)
+        return told.status, told.err
 
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["archon-lora", *map(str, args)])
-        monkeypatch.setattr(os, "_exit", end)
-        try:
-            cli.main()
-        except Ended as ended:
-            status = ended.args[0]
-        except SystemExit as ended:
-            status = ended.code or 0
-        finally:
-            # The command ends its process at once after an error; this one lives on.
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return status, capsys.readouterr().err
-
-    return call
+    return status_and_errors
 
 
 def write_config(tmp_path, model, extra=""):

@@ -10,13 +10,12 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 import typer
+from support.archon_cli import SECRET, Told, caller
 from typer.testing import CliRunner
 
 from archon_lora import cli_commands as cli
@@ -28,56 +27,11 @@ from archon_lora.rl.demo.report import Report
 from ckpt.errors import StorageError
 
 COMMANDS = {"train": ["{tmp}/c.toml"], "make-tiny": ["{tmp}/m"], "demo": ["--out", "{tmp}/d"]}
-SECRET = "wJalrXUtnFEMI-K7MDENG"
-
-
-class Ended(Exception):
-    pass
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
-
-    def refused(self, status: int, *said: str) -> None:
-        """One line on standard error, and the same as a document where JSON was asked for."""
-        assert self.status == status, self.err
-        (line,) = self.err.splitlines()
-        assert line.startswith("archon-lora: ")
-        for text in said:
-            assert text in line
-        assert SECRET not in self.err + self.out
-        if self.out:
-            error = json.loads(self.out)["error"]
-            assert f"archon-lora: {error['message']}" == line
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    def end(status: int) -> None:
-        raise Ended(status)
-
-    def call(*args: object) -> Told:
-        monkeypatch.setattr(sys, "argv", ["archon-lora", *map(str, args)])
-        monkeypatch.setattr(cli.os, "_exit", end)
-        status: Any = 0
-        try:
-            cli.run()
-        except Ended as ended:
-            status = ended.args[0]
-        except SystemExit as ended:
-            status = ended.code or 0
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        output = capsys.readouterr()
-        return Told(status, output.out, output.err)
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
